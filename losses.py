@@ -1,0 +1,162 @@
+"""What is the maths? Tensors in, tensors out.
+
+B: examples in a batch. logps: (B,) float, log-probabilities in nats, summed over a response's tokens
+with its end-of-sequence token, never averaged. policy: the model in training, pi. reference: the frozen
+model, ref. beta: how strongly the policy is tied to the reference. Every loss has the form
+
+    loss(policy_chosen_logps[, policy_rejected_logps][, reference_chosen_logps, reference_rejected_logps],
+         *, <columns of the data>, <keys of its block in config.yaml>) -> losses, metrics
+
+with losses (B,), which carry the gradient, and metrics, a dict of detached (B,) tensors. Nothing here
+averages over examples; the trainer does, once, over the whole global batch. Throughout,
+
+    h = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)],  w chosen, l rejected.
+"""
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch.nn.functional as F
+
+
+def sft_loss(policy_chosen_logps):
+    """Supervised fine-tuning: -log pi(y|x), summed over the response's tokens.
+
+    policy_chosen_logps: (B,) float, nats. Returns losses (B,) in nats and metrics.
+    What the sum over the batch is divided by is `sft.average`: tokens or examples (see OBJECTIVES).
+    """
+    return -policy_chosen_logps, {"logps/chosen": policy_chosen_logps.detach()}
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             *, beta, label_smoothing=0.0, sft_weight=0.0):
+    """DPO (Rafailov et al. 2023, arXiv:2305.18290, Eq. 7) and conservative DPO (Mitchell 2023, cDPO note).
+
+        -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h),  e = label_smoothing
+
+    e is the probability that a label is flipped; 0 gives DPO.
+    logps: (B,) float, nats summed over response tokens. Returns losses (B,) and metrics.
+    Raises ValueError if beta <= 0, label_smoothing is outside [0, 0.5) or sft_weight < 0.
+    """
+    check(beta > 0, "beta", beta, "above 0")
+    check(0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "in [0, 0.5)")
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    margins = chosen_rewards - rejected_rewards  # beta h
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+    return preference_result(losses, chosen_rewards, rejected_rewards,
+                             policy_chosen_logps, policy_rejected_logps, sft_weight)
+
+
+def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             *, chosen_length, rejected_length, beta, average_logps=False, sft_weight=0.0):
+    """IPO (Azar et al. 2023, arXiv:2310.12036, Eq. 17): (h - 1/(2 beta))^2; the paper's tau is `beta`.
+
+    average_logps=False: h from log-probabilities summed over tokens (the DPO authors' code, NeMo-Aligner).
+    average_logps=True: from each response's mean over its tokens (TRL, after its authors asked IPO's).
+    logps: (B,) float, nats summed over response tokens. chosen_length, rejected_length: (B,), the responses'
+    tokens, read only when averaging. Rewards are beta times the log-ratios that the loss used.
+    Returns losses (B,) and metrics. Raises ValueError if beta <= 0 or sft_weight < 0.
+    """
+    check(beta > 0, "beta", beta, "above 0")
+    chosen_ratios = policy_chosen_logps - reference_chosen_logps
+    rejected_ratios = policy_rejected_logps - reference_rejected_logps
+    if average_logps:
+        chosen_ratios = chosen_ratios / chosen_length
+        rejected_ratios = rejected_ratios / rejected_length
+    losses = (chosen_ratios - rejected_ratios - 1 / (2 * beta)).square()
+    return preference_result(losses, beta * chosen_ratios, beta * rejected_ratios,
+                             policy_chosen_logps, policy_rejected_logps, sft_weight)
+
+
+def rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             *, chosen_reward, rejected_reward, beta, reward_scale=1.0, divergence="bwd_kl", sft_weight=0.0):
+    """NVIDIA's reward-aware preference optimization (arXiv:2406.11704; arXiv:2502.00203; NeMo-Aligner).
+
+    At least four published methods are called RPO; this one pulls the model's preference
+    q = sigmoid(beta h) to the data's p = sigmoid(eta (r_w - r_l)), eta = reward_scale:
+
+        bwd_kl  KL(p || q) over {p, 1 - p}: KL(target || model)
+        fwd_kl  KL(q || p): KL(model || target)
+        sq      (beta h - eta (r_w - r_l))^2
+
+    The two KL names are NeMo-Aligner's, which names distillation's the other way round.
+    logps: (B,) float, nats summed over response tokens. chosen_reward, rejected_reward: (B,), r_w and r_l,
+    from the data. Returns losses (B,) and metrics.
+    Raises ValueError if beta <= 0, reward_scale <= 0, sft_weight < 0 or the divergence is unknown.
+    """
+    check(beta > 0, "beta", beta, "above 0")
+    check(reward_scale > 0, "reward_scale", reward_scale, "above 0")
+    check(divergence in ("bwd_kl", "fwd_kl", "sq"), "divergence", divergence, "bwd_kl, fwd_kl or sq")
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    model_margins = chosen_rewards - rejected_rewards  # beta h
+    data_margins = reward_scale * (chosen_reward - rejected_reward)
+    if divergence == "bwd_kl":
+        losses = bernoulli_kl(data_margins, model_margins)
+    elif divergence == "fwd_kl":
+        losses = bernoulli_kl(model_margins, data_margins)
+    else:
+        losses = (model_margins - data_margins).square()
+    return preference_result(losses, chosen_rewards, rejected_rewards,
+                             policy_chosen_logps, policy_rejected_logps, sft_weight)
+
+
+def bernoulli_kl(a, b):
+    """KL between coins of odds e^a and e^b, in nats: (B,), (B,) -> (B,)."""
+    return (a.sigmoid() * (F.logsigmoid(a) - F.logsigmoid(b))
+            + (-a).sigmoid() * (F.logsigmoid(-a) - F.logsigmoid(-b)))
+
+
+def preference_result(preference_losses, chosen_rewards, rejected_rewards,
+                      policy_chosen_logps, policy_rejected_logps, sft_weight=0.0):
+    """What every pairwise loss ends with: its metrics, and sft_weight * -log pi(y_w|x) (summed over tokens).
+
+    All tensors (B,). Returns losses (B,) and metrics; with a weight, the two parts of the loss are metrics too.
+    Raises ValueError if sft_weight < 0.
+    """
+    check(sft_weight >= 0, "sft_weight", sft_weight, "at least 0")
+    metrics = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+    }
+    losses = preference_losses
+    if sft_weight > 0:
+        losses = preference_losses - sft_weight * policy_chosen_logps
+        metrics |= {"preference_loss": preference_losses, "sft_loss": -policy_chosen_logps}
+    return losses, {name: value.detach() for name, value in metrics.items()}
+
+
+def check(allowed, name, value, rule):
+    if not allowed:
+        raise ValueError(f"{name}={value!r}: it must be {rule}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the rest of the code asks about a loss; it never asks for a loss by name.
+
+    columns: keyword tensors (B,) that `loss` takes besides the keys of its config block, from the data or,
+    for data.COMPUTED_COLUMNS, from the batch. average: what a batch's losses are divided by, its `examples`
+    or its response `tokens`; a key `average` in the loss's config block overrides it.
+    """
+
+    loss: Callable
+    needs_pairs: bool
+    needs_reference: bool
+    columns: tuple = ()
+    average: str = "examples"
+
+
+OBJECTIVES = {
+    "sft": Objective(sft_loss, needs_pairs=False, needs_reference=False, average="tokens"),
+    "dpo": Objective(dpo_loss, needs_pairs=True, needs_reference=True),
+    "ipo": Objective(ipo_loss, needs_pairs=True, needs_reference=True,
+                     columns=("chosen_length", "rejected_length")),
+    "rpo": Objective(rpo_loss, needs_pairs=True, needs_reference=True,
+                     columns=("chosen_reward", "rejected_reward")),
+}

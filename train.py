@@ -1,0 +1,395 @@
+"""What happens in a run, in order? python train.py [--config mine.yaml] [key=value ...], or --help."""
+
+import copy
+import difflib
+import fcntl
+import glob
+import importlib.metadata
+import json
+import math
+import os
+import re
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import types
+
+import datasets
+import torch
+import transformers
+import yaml
+
+import data
+import trainers
+from data import DATASETS, InputError, as_list
+from losses import OBJECTIVES
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MAY_CHANGE = re.compile(  # what a resumed run may set anew; num_epochs and max_steps too if the rate is constant
+    "resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|keep_checkpoints|log_every|wandb.*|"
+    "gradient_accumulation_steps|max_tokens_per_microbatch|attention|activation_checkpointing")
+
+
+def main(arguments):
+    """Runs what the arguments ask for; returns the exit status. Raises InputError for refused input."""
+    config, given = load_config(arguments)
+    checkpoint = find_checkpoint(config)
+    if checkpoint:
+        config = resumed_config(config, given)
+    check_config(config)
+
+    objective = OBJECTIVES[config.loss]
+    held_out_sources = as_list(config.eval_data) or [name for name in as_list(config.data) if name in DATASETS]
+    rows, report = data.load_rows(config.data, "train", objective)
+    held_out_rows, held_out_report = data.load_rows(held_out_sources, "test", objective)
+
+    path = checkpoint or config.model
+    tokenizer = trainers.load_tokenizer(checkpoint or config.tokenizer or config.model, rows, config)
+    model_config, dropouts = trainers.load_model_config(path, config, tokenizer)
+    end_ids = trainers.load_end_ids(path, tokenizer)
+    dataset = known_rewards(held_out_sources)
+    num_prompts = dataset.num_samples if dataset else config.num_samples
+    limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
+    examples = data.encode(rows, report, tokenizer, config, end_ids)
+    held_out = data.encode(held_out_rows, held_out_report, tokenizer, config, end_ids, limit)
+    for name, kept, sources, told in (("data", examples, config.data, report),
+                                      ("eval_data", held_out, held_out_sources, held_out_report)):
+        if not kept and sources:
+            raise InputError(f"{name}={sources} leaves no row to work with: " + "; ".join(told.lines()))
+
+    policy = trainers.load_model(path, model_config, config, tokenizer)
+    reference = None
+    if objective.needs_reference:
+        reference = load_reference(config, checkpoint, policy, tokenizer)
+    lock = open_run(config, reference, tokenizer, fresh=not checkpoint)  # noqa: F841, held until the end
+    trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, examples, held_out, num_prompts,
+                               dataset, checkpoint)
+    print_summary(config, trainer, dropouts, {"data": report, "eval data": held_out_report})
+    if checkpoint and trainer.step >= trainer.num_steps and not trainer.eval_is_due():
+        print(f"This run is finished: {checkpoint} is its last step, {trainer.step}.")
+        return 0
+    stopped_by = trainer.train()
+    print_results(config, trainer)
+    if stopped_by:
+        print(f"Stopped by {signal.Signals(stopped_by).name if stopped_by != 'max_hours' else 'max_hours'} after step "
+              f"{trainer.step} of {trainer.num_steps}, all saved. To go on:\n"
+              f"  python train.py resume=true run_dir={shlex.quote(config.run_dir)}")
+    return 128 + stopped_by if isinstance(stopped_by, int) else 0
+
+
+# ---------------------------------------------------------------- config
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"the key {key} stands twice in one mapping: keep one of the two")
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+                             list("-+0123456789"))
+
+
+def load_config(arguments):
+    """The config (a namespace; blocks are dicts) and {dotted key: value} of what was given by file and arguments."""
+    defaults, rules = read_schema()
+    given, settings = {}, list(arguments)
+    while settings:
+        setting = settings.pop(0)
+        if setting == "--config" and settings:
+            given |= flatten(read_yaml(settings.pop(0)), rules)
+            continue
+        key, equals, text = setting.partition("=")
+        if not equals or key.startswith("-"):
+            raise InputError(f"{setting!r} is not understood: settings are given as key=value, a file of them as "
+                             "--config mine.yaml, and --help lists them")
+        parent, _, argument = key.partition(".")
+        if rules.get(parent) == "mapping" and argument:
+            given[parent] = given.get(parent, {}) | {argument: parse(text, "")}
+        else:
+            given |= flatten({key: parse(text, rules.get(key, ""))}, rules)
+    return as_namespace(defaults | given, rules), given
+
+
+def read_schema():
+    """Defaults and rules of config.yaml, by dotted key; a rule is a comment up to its first period."""
+    path = os.path.join(HERE, "config.yaml")
+    rules, block = {}, ""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if match := re.match(r"( *)(\w+):(.*?)(?:# (.*?)\.(?:\s|$)|$)", line):
+                indent, key, value, rule = match.groups()
+                block = block if indent else "" if value.strip() else key + "."
+                if value.strip():
+                    rules[block + key] = rule or type(yaml.load(value, Loader)).__name__
+    return flatten(read_yaml(path), rules), rules
+
+
+def read_yaml(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.load(file, Loader) or {}
+    except OSError as error:
+        raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"config file {path} holds {type(settings).__name__}, not keys with values")
+    settings.pop("provenance", None)  # what a run's own config.yaml adds
+    return settings
+
+
+def parse(text, rule):
+    """A command line's value: YAML, but text as it stands where text is allowed."""
+    if "str" in rule.split() and not (text == "null" or text.startswith("[")):
+        return text
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text!r} is not a value: {' '.join(str(error).split())}") from error
+
+
+def flatten(settings, rules, prefix=""):
+    """{dotted key: value} of nested settings. Raises InputError for an unknown key or a refused value."""
+    flat = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if key in rules:
+            if not any(fits(value, rule) for rule in rules[key].split(" or ")):
+                raise InputError(f"{key}={json.dumps(value, default=str)} is not allowed: it must be {rules[key]}")
+            flat[key] = value
+        elif isinstance(value, dict) and any(known.startswith(key + ".") for known in rules):
+            flat |= flatten(value, rules, key + ".")
+        else:
+            near = difflib.get_close_matches(key, rules, 1, cutoff=0)
+            raise InputError(f"{key} is no key of config.yaml; the nearest is {near[0]}")
+    return flat
+
+
+def fits(value, rule):
+    """Whether value obeys one rule, such as `int >= 1`, `float in [0, 0.5)`, `str`, `null` or `linear | cosine`."""
+    if " | " in rule:
+        return any(value is choice or value == choice and isinstance(value, str)
+                   for choice in (yaml.load(word, Loader) for word in rule.split(" | ")))
+    kind, _, bound = rule.partition(" ")
+    value = float(value) if kind == "float" and type(value) is int else value
+    kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "mapping": dict, "null": type(None)}
+    if type(value) is not kinds[kind]:
+        return False
+    if kind == "list":
+        return len(value) > 0 and all(isinstance(item, str) for item in value)
+    if kind == "float" and not math.isfinite(value):
+        return False
+    if interval := re.fullmatch(r"in ([\[(])(.+), (.+)([\])])", bound):
+        opening, low, high, closing = interval.groups()
+        return (value >= float(low) if opening == "[" else value > float(low)) and (
+            value <= float(high) if closing == "]" else value < float(high))
+    sign, _, limit = bound.partition(" ")
+    return not bound or (value >= float(limit) if sign == ">=" else value > float(limit))
+
+
+def as_namespace(flat, rules):
+    """Flat settings as the config: blocks as dicts, local paths absolute and without links, names filled in."""
+    config = types.SimpleNamespace()
+    for key, value in flat.items():
+        block, _, name = key.rpartition(".")
+        if block:
+            vars(config).setdefault(block, {})[name] = value
+        else:
+            setattr(config, key, value)
+    config.exp_name = config.exp_name or config.loss
+    config.run_dir = os.path.realpath(config.run_dir or os.path.join("runs", config.exp_name))
+    for key in ("model", "reference", "tokenizer", "data", "eval_data"):
+        value = getattr(config, key)
+        setattr(config, key, [resolve(item) for item in value] if isinstance(value, list) else resolve(value))
+    return config
+
+
+def resolve(path):
+    return path if path in (None, "tiny", *DATASETS) or not os.path.exists(path) else os.path.realpath(path)
+
+
+def check_config(config):
+    """What no single key's rule says. Raises InputError."""
+    if config.loss not in OBJECTIVES:
+        near = difflib.get_close_matches(config.loss, OBJECTIVES, 1, cutoff=0)
+        raise InputError(f"loss={config.loss} is not one of {', '.join(OBJECTIVES)}; the nearest is {near[0]}")
+    if config.truncation != "drop" and config.max_prompt_length >= config.max_length:
+        raise InputError(f"max_length={config.max_length} leaves no room for a response after "
+                         f"max_prompt_length={config.max_prompt_length}: raise the one or lower the other")
+    if (config.compute_dtype, config.dtype) not in {(config.dtype,) * 2, ("bfloat16", "float32")}:
+        raise InputError(f"compute_dtype={config.compute_dtype} does not go with dtype={config.dtype}: "
+                         "make them equal, or compute in bfloat16 on float32 weights")
+    for key in ("eval_every", "save_every"):
+        if getattr(config, key) > 1 and getattr(config, key) % 1:
+            raise InputError(f"{key}={getattr(config, key)} must be whole steps, or below 1 a fraction of an epoch")
+    for key in ("model", "reference", "tokenizer"):
+        path = getattr(config, key) or ""
+        if (path.count("/") > 1 or path.startswith((".", "~", "/"))) and not os.path.exists(path):
+            raise InputError(f"{key}={path}: there is no such folder; give a folder, a run's LATEST or a hub id org/name")
+    trainers.make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("WORLD_SIZE is above 1, but this version trains on one device: start it without torchrun")
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+def find_checkpoint(config):
+    """The checkpoint to go on from, or None for a fresh run. Raises InputError if that is not possible."""
+    latest = os.path.join(config.run_dir, "LATEST")
+    traces = [name for pattern in ("config.yaml", "metrics.jsonl", "LATEST", "step-*")
+              for name in glob.glob(os.path.join(config.run_dir, pattern))]
+    if config.resume is False and traces:
+        raise InputError(f"{config.run_dir} holds a run already: go on with it by resume=true, or choose another "
+                         "exp_name or run_dir")
+    if config.resume is True and not os.path.lexists(latest):
+        raise InputError(f"{config.run_dir} has no complete checkpoint to resume: resume=auto starts at step 0 there")
+    if config.resume is False or not os.path.lexists(latest):
+        return None
+    trainers.read_counters(os.path.realpath(latest))
+    return os.path.realpath(latest)
+
+
+def resumed_config(config, given):
+    """The run's own config with what was given laid over it. Raises InputError for what a run cannot change."""
+    defaults, rules = read_schema()
+    saved = flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
+    ours = as_namespace(defaults | saved | given, rules)
+    ours.run_dir = config.run_dir  # the folder may have been moved
+    before = as_namespace(defaults | saved, rules)
+    free = ("num_epochs", "max_steps") if before.lr_schedule == "constant" else ()
+    for key in given:
+        block, _, name = key.rpartition(".")
+        old, new = ((vars(c)[block][name] if block else vars(c)[key]) for c in (before, ours))
+        if old != new and not MAY_CHANGE.fullmatch(key) and key not in (*free, "run_dir", "exp_name"):
+            raise InputError(f"{key} was {old} when this run began and cannot become {new}: leave it out, or start a "
+                             "new run with another exp_name")
+    return ours
+
+
+def load_reference(config, checkpoint, policy, tokenizer):
+    """The frozen reference: `reference`, or else the policy's starting weights."""
+    path = config.reference or config.model
+    if path == config.model and not checkpoint:
+        return copy.deepcopy(policy)
+    if path == "tiny" and checkpoint:
+        path = os.path.join(config.run_dir, "reference")
+    if config.reference and path != "tiny":
+        trainers.check_same_tokenizer(path, tokenizer, config)
+    return trainers.load_model(path, trainers.load_model_config(path, config, tokenizer)[0], config, tokenizer)
+
+
+def open_run(config, reference, tokenizer, fresh):
+    """Makes the run's folder and writes config.yaml; returns the lock that keeps other processes out of it."""
+    os.makedirs(config.run_dir, exist_ok=True)
+    lock = open(os.path.join(config.run_dir, ".lock"), "w")  # let go when this process ends, however it ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"{config.run_dir} is in use by another process: wait for it, or choose another "
+                         "exp_name") from error
+    path = os.path.join(config.run_dir, "config.yaml")
+    run_id = secrets.token_hex(6)
+    if not fresh:
+        with open(path, encoding="utf-8") as file:
+            run_id = yaml.safe_load(file)["provenance"]["run_id"]
+    config.provenance = {"run_id": run_id, "git_commit": git("rev-parse", "HEAD"),
+                         "git_dirty": bool(git("status", "--porcelain")),
+                         "versions": {name: importlib.metadata.version(name)
+                                      for name in ("torch", "transformers", "datasets", "tokenizers", "numpy")}}
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        yaml.safe_dump(vars(config), file, sort_keys=False, allow_unicode=True)
+    os.replace(path + ".partial", path)
+    if fresh and reference and (config.reference or config.model) == "tiny":
+        with trainers.whole_folder(os.path.join(config.run_dir, "reference")) as folder:
+            reference.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return lock
+
+
+def git(*arguments):
+    """What git prints in this clone, or None where there is neither."""
+    try:
+        return subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---------------------------------------------------------------- what the person sees
+
+
+def known_rewards(sources):
+    """The Dataset whose true rewards judge the samples: that of all sources, if it is one and has them."""
+    found = {DATASETS.get(name) for name in sources}
+    dataset = found.pop() if len(found) == 1 else None
+    return dataset if dataset and dataset.scores else None
+
+
+def print_summary(config, trainer, dropouts, reports):
+    policy, block = trainer.policy, getattr(config, config.loss, {})
+    num_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    num_tokens = sum(example.num_tokens for example in trainer.train_examples)
+    lines = [("run", f"{config.run_dir}" + (f", going on after step {trainer.step}" if trainer.step else "")),
+             ("model", f"{config.model}, {policy.config.model_type}, {num_parameters:,} parameters, {config.dtype} on "
+                       f"{policy.device}" + "".join(f"; {name} {p} set to 0" for name, p in dropouts.items()))]
+    if trainer.reference:
+        lines.append(("reference", config.reference or "the model's starting weights"))
+    lines.append(("loss", " ".join([config.loss, *(f"{name}={value}" for name, value in block.items())])))
+    for name, report in reports.items():
+        first, *rest = report.lines() if report.rows else ["none, so no evaluation: eval_data names one"]
+        lines += [(name, first), *(("", line) for line in rest)]
+    lines.append(("steps", f"{trainer.num_steps:,} of {config.batch_size} examples, {num_tokens:,} tokens an epoch"))
+    tokenizer = trainer.tokenizer
+    if not config.add_bos and tokenizer.bos_token_id is not None:
+        if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+            lines.append(("note", f"this tokenizer would begin a text with {tokenizer.bos_token}; add_bos=true does"))
+    for name, text in lines:
+        print(f"{name:<10} {text}")
+
+
+def print_results(config, trainer):
+    """First and last evaluation side by side, where the checkpoint is, and what to run next."""
+    with open(os.path.join(config.run_dir, "metrics.jsonl"), encoding="utf-8") as file:
+        evaluations = [line for line in map(json.loads, file) if line["split"] == "eval"]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        print(f"\n{'evaluation':<24}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}")
+        for name in [name for name in last if name not in ("step", "examples", "split", "time", "epoch")]:
+            cells = ("-" if line.get(name) is None else f"{line[name]:.4f}" for line in (first, last))
+            print(f"{name:<24}" + "".join(f"{cell:>14}" for cell in cells))
+    if not trainer.saved_step:
+        return
+    latest = os.path.join(os.path.relpath(config.run_dir), "LATEST")
+    print(f"\ncheckpoint  {latest} -> step-{trainer.saved_step:06d}")
+    if trainer.objective.needs_reference:
+        prompt = trainer.tokenizer.decode(trainer.train_examples[0].prompt)
+        code = f"print(pipeline('text-generation', {latest!r})({prompt!r})[0]['generated_text'])"
+        print("next        python -c " + shlex.quote(f"from transformers import pipeline; {code}"))
+    else:
+        following = next(name for name, objective in OBJECTIVES.items() if objective.needs_reference)
+        print(f"next        python train.py loss={following} model={shlex.quote(latest)}")
+
+
+if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__)
+        with open(os.path.join(HERE, "config.yaml"), encoding="utf-8") as schema:
+            print(schema.read(), end="")
+        sys.exit(0)
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():  # a log file wants no progress bars
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        sys.exit(2)

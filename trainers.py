@@ -1,0 +1,657 @@
+"""How do we step, evaluate, sample, save?"""
+
+import collections
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import textwrap
+import time
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
+                          LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper)
+
+from data import Example, InputError, collate, microbatches, stream, train_tokenizer
+from losses import OBJECTIVES
+
+START = time.monotonic()  # max_hours counts from here
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+
+# ---------------------------------------------------------------- models and tokenizers
+
+
+def load_tokenizer(path, rows, config):
+    """The tokenizer at `path` (hub id or folder), or for `tiny` one trained on rows. Refused without an end token."""
+    if path == "tiny":
+        return train_tokenizer(rows)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise InputError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path} has no end-of-sequence token, which closes every response: "
+                         "name one in its tokenizer_config.json, or choose another with tokenizer=")
+    if config.add_bos and tokenizer.bos_token_id is None:
+        raise InputError(f"add_bos=true, but the tokenizer of {path} has no begin-of-sequence token")
+    return tokenizer
+
+
+def load_model_config(path, config, tokenizer):
+    """The model's own configuration with every dropout at 0, and what those were. Reads no weights."""
+    if path == "tiny":
+        return LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=2048, bos_token_id=None,
+                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), {}
+    try:
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise InputError(f"no model can be loaded from {path}: {first_line(error)}") from error
+    dropouts = {}
+    for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float | int) and value > 0:
+                dropouts[name] = value
+                setattr(part, name, type(value)(0))
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise InputError(f"max_length={config.max_length} is beyond the {positions} positions of {path}: "
+                         "lower max_length, or choose another model")
+    return model_config, dropouts
+
+
+def load_model(path, model_config, config, tokenizer):
+    """The causal language model at `path` on this run's device. Raises InputError where it cannot be had whole."""
+    dtype = getattr(torch, config.dtype)
+    try:
+        if path == "tiny":
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                model = LlamaForCausalLM._from_config(model_config, attn_implementation=config.attention, dtype=dtype)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, config=model_config, dtype=dtype, attn_implementation=config.attention,
+                trust_remote_code=config.trust_remote_code, output_loading_info=True)
+            if info["missing_keys"] or info["mismatched_keys"]:
+                absent = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+                raise ValueError(f"{len(absent)} of its weights are missing or of another shape, first {absent[0]}")
+    except LOADING_ERRORS as error:
+        raise InputError(f"model {path} cannot be loaded: {first_line(error)}") from error
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
+                         "choose the tokenizer that belongs to the model")
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.to(device())
+
+
+def load_end_ids(path, tokenizer):
+    """Ids that end a response: the tokenizer's end token, then those of the model's generation config."""
+    try:
+        more = [] if path == "tiny" else GenerationConfig.from_pretrained(path).eos_token_id or []
+    except OSError:  # it has none
+        more = []
+    more = more if isinstance(more, list) else [more]
+    return [tokenizer.eos_token_id, *(i for i in more if i != tokenizer.eos_token_id)]
+
+
+def check_same_tokenizer(path, tokenizer, config):
+    """Log-ratios of models with different vocabularies mean nothing: refuses a reference with another one."""
+    try:
+        other = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except LOADING_ERRORS:
+        return  # weights without a tokenizer are taken at their word
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"reference={path} has another tokenizer than the model: choose one with the same")
+
+
+def fingerprint(model):
+    """sha256 over the model's weights: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def first_line(error):
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+def optimizer_names():
+    """The torch.optim classes whose step needs neither a closure nor sparse gradients."""
+    classes = {name: c for name, c in vars(torch.optim).items() if inspect.isclass(c) and name != "Optimizer"}
+    return sorted(name for name, c in classes.items() if issubclass(c, torch.optim.Optimizer)
+                  and inspect.signature(c.step).parameters["closure"].default is None and name != "SparseAdam")
+
+
+def make_optimizer(parameters, config):
+    """The torch.optim class that the config names. Raises InputError for a name or argument it does not have."""
+    if config.optimizer not in optimizer_names():
+        raise InputError(f"optimizer={config.optimizer} is not one of {', '.join(optimizer_names())}")
+    optimizer_class = getattr(torch.optim, config.optimizer)
+    names = [name for name in inspect.signature(optimizer_class).parameters if name not in ("params", "lr")]
+    for name in config.optimizer_args:
+        if name not in names:
+            raise InputError(f"optimizer_args.{name} is no argument of {config.optimizer}: it has {', '.join(names)}")
+    try:
+        return optimizer_class(parameters, lr=config.lr, **config.optimizer_args)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer_args={config.optimizer_args}: {config.optimizer} says {error}") from error
+
+
+def learning_rate(step, num_steps, config):
+    """The rate of the step after `step` finished ones: linear warmup to lr, then the schedule over the rest."""
+    warmup = config.warmup_steps
+    rate = config.lr * min(1, (step + 1) / (warmup + 1))
+    if config.lr_schedule == "constant" or step <= warmup:
+        return rate
+    left = (num_steps - step) / (num_steps - warmup)
+    return rate * (left if config.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+
+
+def as_steps(interval, num_rows, batch_size):
+    """An interval in optimizer steps, from steps or (below 1) a fraction of an epoch; 0 stays 0: never."""
+    return int(interval) if interval == 0 or interval >= 1 else max(1, round(interval * num_rows / batch_size))
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class Stopped(Exception):
+    """Raised between steps and between evaluation batches when a signal or max_hours asks for the end."""
+
+
+class Trainer:
+    """One run: the policy, its objective and optimizer, and the folder that keeps it.
+
+    num_prompts: how many of held_out are sampled from; dataset: the data.Dataset whose rewards are known, or None.
+    """
+
+    def __init__(self, config, policy, reference, tokenizer, end_ids, train_examples, held_out, num_prompts, dataset,
+                 checkpoint=None):
+        self.config = config
+        self.objective = OBJECTIVES[config.loss]
+        self.policy = policy.train()
+        self.reference = reference and reference.eval().requires_grad_(False)
+        self.reference_fingerprint = reference and fingerprint(reference)
+        self.tokenizer, self.end_ids = tokenizer, end_ids
+        self.train_examples = train_examples
+        self.eval_examples = held_out[:config.num_eval_examples]
+        self.sample_examples = held_out[:num_prompts]
+        self.dataset = dataset
+        block = getattr(config, config.loss, {})
+        self.average = block.get("average", self.objective.average)
+        names = inspect.signature(self.objective.loss).parameters
+        self.loss_options = {name: value for name, value in block.items() if name in names}
+        self.optimizer = make_optimizer([p for p in policy.parameters() if p.requires_grad], config)
+        self.step = self.examples = 0
+        self.saved_step = None
+        self.stop = None  # signal number, or "max_hours"
+        self.throughput = collections.Counter()  # since the last logged step
+        self.wandb = None
+        self.reference_samples = None
+        self.restore(checkpoint)
+
+    @property
+    def num_steps(self):
+        """Optimizer steps of the whole run, those done included."""
+        left = math.ceil((self.num_positions - self.examples) / self.config.batch_size)
+        total = self.step + max(0, left)
+        return total if self.config.max_steps is None else min(total, self.config.max_steps)
+
+    @property
+    def num_positions(self):
+        """Examples of all epochs; rounded first, for 0.1 * 30 is 3.0000000000000004."""
+        return math.ceil(round(self.config.num_epochs * len(self.train_examples), 6))
+
+    def train(self):
+        """Runs to the end or until asked to stop; returns None, the signal's number or "max_hours"."""
+        self.start_wandb()
+        num_steps = self.num_steps
+        with self.catch_signals(), tqdm(total=num_steps, initial=self.step, unit="step", disable=None) as bar:
+            try:
+                while True:
+                    self.check_stop()
+                    if self.eval_is_due():
+                        self.evaluate()
+                    if self.save_is_due():
+                        self.save()
+                    if self.step >= num_steps:
+                        break
+                    metrics = self.train_step()
+                    if self.log_is_due():
+                        self.log("train", metrics)
+                    bar.update()
+                    shown = {"loss": metrics["loss"], "accuracy": metrics.get("rewards/accuracies")}
+                    bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
+            except Stopped:
+                if self.saved_step != self.step:
+                    self.save()
+        if self.wandb:
+            self.wandb.finish()
+        return self.stop
+
+    # ------------------------------------------------------------ what is due
+
+    def eval_is_due(self):
+        if not self.eval_examples or self.step in self.evaluated_steps:
+            return False
+        if self.config.max_steps == 0:
+            return True
+        every = as_steps(self.config.eval_every, len(self.train_examples), self.config.batch_size)
+        if every == 0 or self.step == 0:
+            return every > 0 and self.config.eval_first
+        return self.step % every == 0 or self.step == self.num_steps
+
+    def save_is_due(self):
+        if self.step == 0 or self.step == self.saved_step:
+            return False
+        every = as_steps(self.config.save_every, len(self.train_examples), self.config.batch_size)
+        return self.step == self.num_steps or every > 0 and self.step % every == 0
+
+    def log_is_due(self):
+        return self.step % self.config.log_every == 0
+
+    @contextlib.contextmanager
+    def catch_signals(self):
+        """SIGTERM and SIGINT ask for a stop at the next step; a second SIGINT stops at once."""
+        def ask(number, frame):
+            self.stop = self.stop or number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check_stop(self):
+        if self.config.max_hours is not None and time.monotonic() - START > 3600 * self.config.max_hours:
+            self.stop = self.stop or "max_hours"
+        if self.stop:
+            raise Stopped
+
+    # ------------------------------------------------------------ one step
+
+    def train_step(self):
+        """One optimizer step on the global batch; returns its metrics, computed before the update.
+
+        Raises FloatingPointError, with the examples, if the loss or the gradient is not finite.
+        """
+        started = time.perf_counter()
+        stop = min(self.examples + self.config.batch_size, self.num_positions)
+        rows = stream(len(self.train_examples), self.examples, stop,
+                      seed=self.config.seed, shuffle=self.config.shuffle)
+        examples = [self.train_examples[row] for row in rows]
+        batches = microbatches(examples, self.config.gradient_accumulation_steps,
+                               self.config.max_tokens_per_microbatch)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self.accumulate(batches, self.denominator(examples), backward=True)
+        limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).double()
+        metrics = dict(zip(sums, torch.stack(list(sums.values())).tolist()))  # the step's one wait for the device
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise FloatingPointError(self.describe_failure(metrics, batches))
+        metrics["lr"] = learning_rate(self.step, self.num_steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = metrics["lr"]
+        self.optimizer.step()
+        self.step += 1
+        self.examples += len(examples)
+        metrics["epoch"] = self.examples / len(self.train_examples)
+        self.throughput += collections.Counter(
+            examples=len(examples), tokens=sum(example.num_tokens for example in examples),
+            seconds=time.perf_counter() - started)
+        return metrics
+
+    def accumulate(self, batches, denominator, backward=False):
+        """Means over all examples of batches (lists of examples): {name: 0-d float64 tensor}, `loss` first.
+
+        `loss` is the sum of the losses over `denominator`; with backward its gradient is added to .grad.
+        """
+        num_examples = sum(map(len, batches))
+        means = collections.defaultdict(float)
+        for batch in tqdm(batches, desc="evaluating", leave=False, disable=backward or None):
+            if not backward:
+                self.check_stop()
+            losses, metrics = self.losses(batch)
+            if backward:
+                (losses.sum() / denominator).backward()
+            means["loss"] += losses.detach().double().sum() / denominator
+            for name, value in metrics.items():
+                means[name] += value.double().sum() / num_examples
+        return dict(means)
+
+    def denominator(self, examples):
+        if self.average == "tokens":
+            return sum(len(response) for example in examples for response in example.responses)
+        return len(examples)
+
+    def losses(self, examples):
+        """This objective's losses (B,) and metrics for a list of examples, in one forward of each model."""
+        batch = collate(examples, torch.promote_types(self.policy.dtype, torch.float32)).to(self.policy.device)
+        logps = [*self.response_logps(self.policy, batch)]
+        if self.objective.needs_reference:
+            with torch.no_grad():
+                logps += self.response_logps(self.reference, batch)
+        columns = {name: batch.columns[name] for name in self.objective.columns}
+        return self.objective.loss(*logps, **columns, **self.loss_options)
+
+    def response_logps(self, model, batch):
+        """Summed log-probabilities (K, B) in nats of a Batch's responses, in float32 (float64 models: float64)."""
+        with self.autocast():
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                           logits_to_keep=batch.predicts).logits  # (N, V), N response tokens in all rows
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (N,)
+        token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
+        rows = torch.zeros(batch.predicts.shape, dtype=logits.dtype, device=logits.device)
+        rows = rows.masked_scatter(batch.predicts, token_logps)  # (K * B, T), 0 where nothing is predicted
+        return rows.sum(-1).view(batch.num_responses, -1)  # (K, B)
+
+    def autocast(self):
+        """bfloat16 arithmetic on float32 weights, if the config asks for it."""
+        enabled = self.config.compute_dtype == "bfloat16" and self.config.dtype == "float32"
+        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=enabled)
+
+    def describe_failure(self, metrics, batches):
+        bad = []
+        with torch.no_grad():
+            for batch in batches:
+                finite = self.losses(batch)[0].isfinite().tolist()
+                bad += [example.where for example, fine in zip(batch, finite) if not fine]
+        what = f"examples with such a loss: {', '.join(bad)}" if bad else "every example's own loss is finite, the " \
+            f"batch was {', '.join(example.where for batch in batches for example in batch)}"
+        kept = f"step {self.saved_step}" if self.saved_step else "none yet"
+        return (f"step {self.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; {what}. "
+                f"The weights were not touched; the last checkpoint is {kept}. A lower lr or more warmup may help.")
+
+    # ------------------------------------------------------------ evaluation and samples
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Metrics over the held-out examples, then samples; changes neither weights nor random state."""
+        self.policy.eval()
+        parts = math.ceil(len(self.eval_examples) / self.config.eval_batch_size)
+        batches = microbatches(self.eval_examples, parts, self.config.max_tokens_per_microbatch)
+        means = self.accumulate(batches, self.denominator(self.eval_examples))
+        metrics = {name: value.item() for name, value in means.items()}
+        if self.sample_examples:
+            metrics |= self.sample()
+        metrics["epoch"] = self.examples / len(self.train_examples)
+        self.policy.train()
+        self.log("eval", metrics)  # last: a resumed run takes this line as the sign that all was written
+        self.evaluated_steps.add(self.step)
+
+    def sample(self):
+        """Answers of policy and reference to the same prompts: prints and writes num_samples, returns metrics."""
+        answers = {"policy": self.generate(self.policy, self.sample_examples)}
+        metrics = {"samples/length": sum(map(len, answers["policy"])) / len(self.sample_examples)}
+        if self.reference:
+            if self.reference_samples is None:  # the same at every evaluation, for neither weights nor noise change
+                self.reference_samples = self.generate(self.reference, self.sample_examples)
+            answers["reference"] = self.reference_samples
+            metrics["samples/kl"] = self.sample_kl(answers["policy"])
+        answers["chosen"] = [example.responses[0].tolist() for example in self.sample_examples]
+        records = [{"prompt": self.tokenizer.decode(example.prompt)} for example in self.sample_examples]
+        for who, responses in answers.items():
+            for record, ids in zip(records, responses):
+                finished = len(ids) > 0 and ids[-1] in self.end_ids
+                record[who] = self.tokenizer.decode(ids[:-1] if finished else ids)
+                if self.dataset and who != "chosen":
+                    scores = self.dataset.scores(record[who], finished)
+                    record |= {name if who == "policy" else f"{who}_{name}": value for name, value in scores.items()}
+        if self.dataset:
+            metrics |= self.score_metrics(records, metrics.get("samples/kl"))
+        self.show_samples(records[:self.config.num_samples])
+        return metrics
+
+    def score_metrics(self, records, kl):
+        """Means of the known scores; with a reference its defeats (ties half), the optimum at this KL, the ratio."""
+        names = [name for name in records[0] if isinstance(records[0][name], float) and "reference_" not in name]
+        metrics = {f"samples/{name}": sum(record[name] for record in records) / len(records) for name in names}
+        if kl is not None:
+            gaps = [record["reward"] - record["reference_reward"] for record in records]
+            metrics["samples/win_rate"] = sum((gap > 0) + (gap == 0) / 2 for gap in gaps) / len(gaps)
+            optimum = metrics["samples/optimal_reward"] = self.dataset.optimal_reward(kl)
+            metrics["samples/efficiency"] = metrics["samples/reward"] / optimum if optimum >= 0.5 else None
+        return metrics
+
+    def show_samples(self, records):
+        self.write("samples.jsonl", [{"step": self.step, **record} for record in records])
+        for record in records:
+            tqdm.write("")
+            for name, value in record.items():
+                tqdm.write(textwrap.shorten(f"{name:>10}  {value}", 300, placeholder=" ... (whole in samples.jsonl)"))
+        if self.wandb and records:
+            import wandb
+            table = wandb.Table(columns=list(records[0]), data=[list(record.values()) for record in records])
+            self.wandb.log({"step": self.step, "eval/samples": table})
+
+    def sample_kl(self, samples):
+        """Mean over samples of log pi - log ref on the sampled ids, in nats, clipped below at 0."""
+        drawn = [dataclasses.replace(example, responses=(torch.tensor(ids, dtype=torch.int32).numpy(),))
+                 for example, ids in zip(self.sample_examples, samples)]
+        total = 0.0
+        for examples in microbatches(drawn, 1, self.config.max_tokens_per_microbatch):
+            self.check_stop()
+            batch = collate(examples).to(self.policy.device)
+            ratios = self.response_logps(self.policy, batch) - self.response_logps(self.reference, batch)
+            total += ratios.double().sum().item()
+        return max(0.0, total / len(drawn))
+
+    def generate(self, model, examples):
+        """A sampled response for each example's prompt: a list of id lists, end token included where one came.
+
+        The noise is seeded by example, so a sample depends on its prompt and place, not on the batch.
+        """
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        rooms = [min(self.config.sample_max_tokens, positions - len(example.prompt)) for example in examples]
+        order = sorted(range(len(examples)), key=lambda i: (rooms[i], len(examples[i].prompt)))
+        responses = [None] * len(examples)
+        pad = self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        settings = GenerationConfig(do_sample=False, eos_token_id=self.end_ids, pad_token_id=pad)
+        kept, model.generation_config = model.generation_config, settings  # nothing of the model's own, such as
+        try:                                                               # a repetition penalty, is mixed in
+            for room, group in itertools.groupby(order, key=lambda i: rooms[i]):
+                for chunk in iter(lambda: list(itertools.islice(group, self.config.eval_batch_size)), []):
+                    self.check_stop()
+                    prompts = [torch.from_numpy(examples[i].prompt).long() for i in chunk]
+                    input_ids = pad_sequence(prompts, True, pad, padding_side="left").to(model.device)
+                    mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, padding_side="left")
+                    noise = SeededSampling([self.config.seed * 1_000_003 + i for i in chunk],
+                                           self.config.sample_temperature, self.config.sample_top_p)
+                    with self.autocast():
+                        output = model.generate(input_ids, attention_mask=mask.to(model.device), max_new_tokens=room,
+                                                logits_processor=LogitsProcessorList([noise]))
+                    for i, ids in zip(chunk, output[:, input_ids.shape[1]:].tolist()):
+                        end = next((at + 1 for at, token in enumerate(ids) if token in self.end_ids), len(ids))
+                        responses[i] = ids[:end]
+        finally:
+            model.generation_config = kept
+        return responses
+
+    # ------------------------------------------------------------ what is recorded
+
+    def log(self, split, metrics):
+        """One line in metrics.jsonl; evaluations also on the console; both in wandb."""
+        if split == "train":
+            seconds = self.throughput["seconds"]
+            metrics |= {f"{name}_per_second": self.throughput[name] / seconds for name in ("examples", "tokens")}
+            self.throughput.clear()
+        line = {"step": self.step, "examples": self.examples, "split": split, "time": time.time(), **metrics}
+        self.write("metrics.jsonl", [line])
+        if split == "eval":
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
+            tqdm.write(f"\nstep {self.step}  eval/ {shown}")
+        if self.wandb:
+            prefix = "eval/" if split == "eval" else ""
+            self.wandb.log({"step": self.step, **{prefix + name: value for name, value in metrics.items()}})
+
+    def write(self, name, records):
+        with open(os.path.join(self.config.run_dir, name), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def start_wandb(self):
+        if self.config.wandb == "disabled":
+            return
+        import wandb
+        try:
+            self.wandb = wandb.init(project=self.config.wandb_project, name=self.config.exp_name, mode=self.config.wandb,
+                                    dir=self.config.run_dir, id=self.config.provenance["run_id"], resume="allow", config=vars(self.config))
+        except wandb.errors.Error as error:
+            raise InputError(f"wandb={self.config.wandb} does not start: {first_line(error)}") from error
+        self.wandb.define_metric("*", step_metric="step")
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self):
+        """Writes step-<step> whole beside its final name, renames it, and only then moves LATEST to it."""
+        run_dir = self.config.run_dir
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if os.path.exists(os.path.join(run_dir, name)):
+                sync(os.path.join(run_dir, name))
+        name = f"step-{self.step:06d}"
+        with whole_folder(os.path.join(run_dir, name)) as folder:
+            self.policy.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            os.makedirs(os.path.join(folder, "trainer_state"))
+            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+            torch.save({"optimizer": self.optimizer.state_dict(), "rng": rng},
+                       os.path.join(folder, "trainer_state", "state.pt"))
+            with open(os.path.join(folder, "trainer_state", "state.json"), "w") as file:
+                json.dump({"step": self.step, "examples": self.examples, "reference": self.reference_fingerprint}, file)
+        point_latest(run_dir, name)
+        self.saved_step = self.step
+        if self.config.keep_checkpoints is not None:
+            for old in sorted(glob.glob(os.path.join(run_dir, "step-*")))[:-self.config.keep_checkpoints]:
+                discarded = os.path.join(run_dir, f".{os.path.basename(old)}.partial")
+                os.rename(old, discarded)  # so that no half-deleted folder looks like a checkpoint
+                shutil.rmtree(discarded)
+
+    def restore(self, checkpoint):
+        """Takes up a checkpoint's optimizer, counters and random state, and cuts the records back to its step."""
+        for leftover in glob.glob(os.path.join(self.config.run_dir, ".*.partial")):
+            shutil.rmtree(leftover)
+        if checkpoint:
+            counters = read_counters(checkpoint)
+            if counters["reference"] != self.reference_fingerprint:
+                raise InputError("the reference is not the one that this run began with (its weights differ): put "
+                                 f"{self.config.reference or self.config.model} back, or start a new run")
+            state = torch.load(os.path.join(checkpoint, "trainer_state", "state.pt"), map_location="cpu")
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"]["cpu"])
+            if len(state["rng"]["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+            self.step = self.saved_step = counters["step"]
+            self.examples = counters["examples"]
+        kept = cut_back(os.path.join(self.config.run_dir, "metrics.jsonl"),
+                        lambda line: checkpoint and line["step"] <= self.step)
+        self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
+        cut_back(os.path.join(self.config.run_dir, "samples.jsonl"), lambda line: line["step"] in self.evaluated_steps)
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling with noise of each row's own seed (the Gumbel-max trick).
+
+    The scores are divided by temperature (0: greedy), cut to the smallest set of tokens of probability top_p,
+    and get Gumbel noise: their largest entry is then a draw from their softmax.
+    """
+
+    def __init__(self, seeds, temperature, top_p):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.temperature = temperature
+        self.warper = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def __call__(self, input_ids, scores):
+        if self.temperature == 0:
+            return scores
+        scores = scores.float() / self.temperature
+        if self.warper:
+            scores = self.warper(input_ids, scores)
+        noise = torch.empty(scores.shape)
+        for row, generator in zip(noise, self.generators):
+            row.exponential_(generator=generator)  # -log of it is Gumbel
+        return scores - noise.log().to(scores.device)
+
+
+def read_counters(checkpoint):
+    """step, examples and reference of a checkpoint. Raises InputError if the folder is not a whole checkpoint."""
+    needed = ("config.json", "trainer_state/state.json", "trainer_state/state.pt")
+    absent = [name for name in needed if not os.path.isfile(os.path.join(checkpoint, name))]
+    absent += [] if glob.glob(os.path.join(checkpoint, "*.safetensors")) else ["model.safetensors"]
+    if absent:
+        raise InputError(f"checkpoint {checkpoint} is incomplete, it lacks {', '.join(absent)}: "
+                         "point LATEST at a whole one, or start a new run")
+    with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
+        return json.load(file)
+
+
+@contextlib.contextmanager
+def whole_folder(final):
+    """Gives a folder to fill, which takes its final name only when all in it is on the disk."""
+    partial = os.path.join(os.path.dirname(final), f".{os.path.basename(final)}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    yield partial
+    for folder, _, files in os.walk(partial, topdown=False):
+        for path in [*(os.path.join(folder, name) for name in files), folder]:
+            sync(path)
+    shutil.rmtree(final, ignore_errors=True)  # what a crash left between this rename and that of LATEST
+    os.rename(partial, final)
+    sync(os.path.dirname(final))
+
+
+def point_latest(run_dir, name):
+    temporary = os.path.join(run_dir, ".LATEST")
+    if os.path.lexists(temporary):
+        os.remove(temporary)
+    os.symlink(name, temporary)
+    os.replace(temporary, os.path.join(run_dir, "LATEST"))
+    sync(run_dir)
+
+
+def cut_back(path, keep):
+    """Rewrites a file of JSON lines with those that `keep` accepts; a line torn by a crash is not one of them."""
+    if not os.path.exists(path):
+        return []
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                if keep(record):
+                    kept.append((line, record))
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        file.writelines(line for line, _ in kept)
+    sync(path + ".partial")
+    os.replace(path + ".partial", path)
+    return [record for _, record in kept]
+
+
+def sync(path):
+    """Waits until a file or folder is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
