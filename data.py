@@ -99,10 +99,11 @@ def toy(split, pairs):
     return rows
 
 
-TOY_ADJECTIVES = "Silent Golden Hidden Broken Distant Paper Winter Burning Lonely Electric Crooked Final".split()
-TOY_NOUNS = "Garden River Letter Harbor Mirror Station Kingdom Summer Orchard Witness Voyage Island".split()
+TOY_ADJECTIVES = "Silent Golden Hidden Broken Distant Paper Winter Burning Lonely Crooked".split()
+TOY_NOUNS = "Garden River Letter Harbor Mirror Station Kingdom Summer Orchard Witness".split()
 TOY_ASPECTS = "acting plot music pacing script camera".split()
-TOY_WORDS = ("brilliant moving clever gripping superb fresh".split(), "dull clumsy tired bland weak awful".split())
+TOY_WORDS = [words.split() for words in ("brilliant moving clever gripping superb fresh",  # praise
+                                         "dull clumsy tired bland weak awful")]  # blame
 TOY_REVIEW = re.compile(rf"( The ({'|'.join(TOY_ASPECTS)}) was ({'|'.join(sum(TOY_WORDS, []))})\.){{4}}")
 
 
@@ -120,7 +121,8 @@ def toy_scores(response, finished):
 def toy_optimal_reward(kl):
     """The highest mean reward of any policy at this KL (nats) from the data's distribution.
 
-    Tilting each sentence's odds by e^2t gives reward 4 tanh t at KL 4 [log 2 - H(sigmoid 2t)]; t by bisection.
+    Tilting each sentence's odds by e^2t gives reward 4 tanh t at a KL of 4 [log 2 - H(sigmoid 2t)];
+    bisection finds t.
     """
     low, high = 0.0, 20.0
     for _ in range(100):
@@ -210,7 +212,8 @@ def strip_html(text):
     pieces = []
     parser = html.parser.HTMLParser(convert_charrefs=True)
     parser.handle_data = pieces.append
-    parser.handle_endtag = lambda tag: pieces.append("\n\n" if tag in ("p", "pre", "li", "blockquote") else "")
+    blocks = ("p", "pre", "li", "blockquote")
+    parser.handle_endtag = lambda tag: pieces.append("\n\n" if tag in blocks else "")
     parser.feed(text)
     parser.close()
     return re.sub(r"\n{3,}", "\n\n", "".join(pieces)).strip()
@@ -287,13 +290,15 @@ def load_source(name, split, pairs):
         except UnicodeDecodeError as error:
             raise InputError(f"{name} is not UTF-8 text: {error}; convert it first") from error
     elif ending in FILES:
-        raise InputError(f"{name}: there is no such file; give an existing one, or one of {', '.join(DATASETS)}")
+        raise InputError(f"{name}: there is no such file; give an existing one, or one of "
+                         f"{', '.join(DATASETS)}")
     elif hub and not os.path.exists(name):
         rows = load_hub(hub[1], hub[2], hub[3] or split)
     else:
         near = difflib.get_close_matches(name, DATASETS, 1)
-        raise InputError(f"{name!r} is no dataset{f' (did you mean {near[0]}?)' if near else ''}: give one of "
-                         f"{', '.join(DATASETS)}, a file ending in {', '.join(FILES)}, or a hub id org/name")
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"{name!r} is no dataset{hint}: give one of {', '.join(DATASETS)}, a file ending in "
+                         f"{', '.join(FILES)}, or a hub id org/name")
     return [(f"{name} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
@@ -301,7 +306,7 @@ def as_list(value):
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-# ---------------------------------------------------------------- rows: from any shape to prompt and responses
+# ---------------------------------------------------------------- rows: to prompt and responses
 
 
 @dataclass
@@ -339,20 +344,23 @@ def read_row(row, where, pairs, columns=()):
     """
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type(row).__name__}, not an object with named columns")
-    shapes = [shape for shape in SHAPES if shape[2] or not pairs]
-    shape = next((shape for shape in shapes if all(row.get(name) is not None for name in needed(shape, pairs))), None)
-    if shape is None:
-        wanted = "; or ".join(", ".join(needed(shape, pairs)) for shape in shapes)
-        raise InputError(f"{where} has only the columns {', '.join(map(str, row))}; this objective needs {wanted}")
-    for name in needed(shape, pairs):
-        if not is_text(row[name]) and not (is_conversation(row[name]) and name not in ("instruction", "input")):
-            raise InputError(f"{where}: column {name} is {json.dumps(row[name], default=str)[:60]}; it must be "
-                             "text, or a list of messages with text for role and content")
+    shapes = {tuple(filter(None, shape if pairs else shape[:2])): shape
+              for shape in SHAPES if shape[2] or not pairs}
+    needed = next((names for names in shapes if all(row.get(name) is not None for name in names)), None)
+    if needed is None:
+        wanted = "; or ".join(map(", ".join, shapes))
+        raise InputError(f"{where} has the columns {', '.join(map(str, row))}; this objective needs {wanted}")
+    for name in needed:
+        if not is_text(row[name]) and not is_conversation(row[name]):
+            value = json.dumps(row[name], default=str)[:60]
+            raise InputError(f"{where}: column {name} is {value}; it must be text, or a list of messages "
+                             "with text for role and content")
+    shape = shapes[needed]
     prompt = row[shape[0]] if shape[0] else None
-    answers = [row[name] for name in shape[1:] if name in needed(shape, pairs)]
+    answers = [row[name] for name in shape[1:] if name in needed]
     if len(set(map(type, answers))) > 1:
-        raise InputError(f"{where}: {shape[1]} and {shape[2]} must both be text or both lists of messages")
-    if shape[0] == "instruction":
+        raise InputError(f"{where}: {shape[1]} and {shape[2]} must both be text or both be lists of messages")
+    if shape[0] == "instruction" and is_text(prompt):
         prompt += f"\n\n{row['input']}\n\n" if row.get("input") else "\n\n"
     if prompt is None and shape[1] != "messages" and is_text(answers[0]):
         prompt, answers = split_transcript(*answers)
@@ -364,10 +372,6 @@ def read_row(row, where, pairs, columns=()):
     if pairs and answers[0] == answers[1]:
         raise Dropped(f"{shape[1]} and {shape[2]} are equal")
     return TextRow(where, prompt, tuple(answers), {name: read_number(row, where, name) for name in columns})
-
-
-def needed(shape, pairs):
-    return [name for name in (shape if pairs else shape[:2]) if name]
 
 
 def is_text(value):
@@ -497,9 +501,11 @@ def encode(rows, report, tokenizer, config, end_ids, limit=None, title="tokenizi
 
 
 def encode_plain(rows, tokenizer, end_ids):
-    """[(prompt ids, [response ids])]: tokenised apart, special tokens in them as text, each response ended."""
+    """[(prompt ids, [response ids])]: tokenised apart, special tokens as text, each response ended."""
+    if not rows:
+        return []
     texts = [text for row in rows for text in (row.prompt, *row.responses)]
-    ids = iter(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else [])
+    ids = iter(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     return [(next(ids), [next(ids) + end_ids[:1] for _ in row.responses]) for row in rows]
 
 
@@ -511,8 +517,8 @@ def encode_chat(row, tokenizer, end_ids, special):
     Returns prompt ids and [response ids]. Raises Dropped for what the template cannot render.
     """
     if tokenizer.chat_template is None:
-        raise InputError(f"{row.where} is a list of messages, but the tokenizer has no chat template: choose a "
-                         "tokenizer with one (tokenizer=...), or give prompt and response as text")
+        raise InputError(f"{row.where} is a list of messages, but the tokenizer has no chat template: choose "
+                         "a tokenizer with one (tokenizer=...), or give prompt and response as text")
 
     def render(messages, **options):
         shielded = [message | {"content": shield(message["content"], special)} for message in messages]

@@ -110,9 +110,9 @@ def bernoulli_kl(a, b):
 
 def preference_result(preference_losses, chosen_rewards, rejected_rewards,
                       policy_chosen_logps, policy_rejected_logps, sft_weight=0.0):
-    """What every pairwise loss ends with: its metrics, and sft_weight * -log pi(y_w|x) (summed over tokens).
+    """What every pairwise loss ends with: its metrics, and sft_weight * -log pi(y_w|x), summed over tokens.
 
-    All tensors (B,). Returns losses (B,) and metrics; with a weight, the two parts of the loss are metrics too.
+    All tensors (B,). Returns losses (B,) and metrics; with a weight, both parts of the loss are metrics too.
     Raises ValueError if sft_weight < 0.
     """
     check(sft_weight >= 0, "sft_weight", sft_weight, "at least 0")

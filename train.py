@@ -27,9 +27,10 @@ from data import DATASETS, InputError, as_list
 from losses import OBJECTIVES
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-MAY_CHANGE = re.compile(  # what a resumed run may set anew; num_epochs and max_steps too if the rate is constant
-    "resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|keep_checkpoints|log_every|wandb.*|"
-    "gradient_accumulation_steps|max_tokens_per_microbatch|attention|activation_checkpointing")
+MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
+    "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
+    "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
+    "activation_checkpointing")
 
 
 def main(arguments):
@@ -41,7 +42,8 @@ def main(arguments):
     check_config(config)
 
     objective = OBJECTIVES[config.loss]
-    held_out_sources = as_list(config.eval_data) or [name for name in as_list(config.data) if name in DATASETS]
+    named = [name for name in as_list(config.data) if name in DATASETS]
+    held_out_sources = as_list(config.eval_data) or named
     rows, report = data.load_rows(config.data, "train", objective)
     held_out_rows, held_out_report = data.load_rows(held_out_sources, "test", objective)
 
@@ -54,29 +56,29 @@ def main(arguments):
     limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
     examples = data.encode(rows, report, tokenizer, config, end_ids)
     held_out = data.encode(held_out_rows, held_out_report, tokenizer, config, end_ids, limit)
-    for name, kept, sources, told in (("data", examples, config.data, report),
-                                      ("eval_data", held_out, held_out_sources, held_out_report)):
-        if not kept and sources:
-            raise InputError(f"{name}={sources} leaves no row to work with: " + "; ".join(told.lines()))
+    for key, kept, told in (("data", examples, report), ("eval_data", held_out, held_out_report)):
+        if not kept and (held_out_sources or key == "data"):
+            raise InputError(f"{key} leaves no row to work with: " + "; ".join(told.lines()))
 
     policy = trainers.load_model(path, model_config, config, tokenizer)
     reference = None
     if objective.needs_reference:
         reference = load_reference(config, checkpoint, policy, tokenizer)
     lock = open_run(config, reference, tokenizer, fresh=not checkpoint)  # noqa: F841, held until the end
-    trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, examples, held_out, num_prompts,
-                               dataset, checkpoint)
+    trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, examples, held_out,
+                               num_prompts, dataset, checkpoint)
     print_summary(config, trainer, dropouts, {"data": report, "eval data": held_out_report})
     if checkpoint and trainer.step >= trainer.num_steps and not trainer.eval_is_due():
         print(f"This run is finished: {checkpoint} is its last step, {trainer.step}.")
         return 0
     stopped_by = trainer.train()
     print_results(config, trainer)
-    if stopped_by:
-        print(f"Stopped by {signal.Signals(stopped_by).name if stopped_by != 'max_hours' else 'max_hours'} after step "
-              f"{trainer.step} of {trainer.num_steps}, all saved. To go on:\n"
-              f"  python train.py resume=true run_dir={shlex.quote(config.run_dir)}")
-    return 128 + stopped_by if isinstance(stopped_by, int) else 0
+    if not stopped_by:
+        return 0
+    name = stopped_by if stopped_by == "max_hours" else signal.Signals(stopped_by).name
+    print(f"Stopped by {name} after step {trainer.step} of {trainer.num_steps}; all is saved. To go on:\n"
+          f"  python train.py resume=true run_dir={shlex.quote(os.path.relpath(config.run_dir))}")
+    return 0 if stopped_by == "max_hours" else 128 + stopped_by
 
 
 # ---------------------------------------------------------------- config
@@ -98,7 +100,7 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.
 
 
 def load_config(arguments):
-    """The config (a namespace; blocks are dicts) and {dotted key: value} of what was given by file and arguments."""
+    """The config, a namespace with blocks as dicts, and {dotted key: value} of what the arguments gave."""
     defaults, rules = read_schema()
     given, settings = {}, list(arguments)
     while settings:
@@ -108,8 +110,8 @@ def load_config(arguments):
             continue
         key, equals, text = setting.partition("=")
         if not equals or key.startswith("-"):
-            raise InputError(f"{setting!r} is not understood: settings are given as key=value, a file of them as "
-                             "--config mine.yaml, and --help lists them")
+            raise InputError(f"{setting!r} is not understood: settings are given as key=value, a file of "
+                             "them as --config mine.yaml, and --help lists them")
         parent, _, argument = key.partition(".")
         if rules.get(parent) == "mapping" and argument:
             given[parent] = given.get(parent, {}) | {argument: parse(text, "")}
@@ -163,7 +165,8 @@ def flatten(settings, rules, prefix=""):
         key = f"{prefix}{name}"
         if key in rules:
             if not any(fits(value, rule) for rule in rules[key].split(" or ")):
-                raise InputError(f"{key}={json.dumps(value, default=str)} is not allowed: it must be {rules[key]}")
+                shown = json.dumps(value, default=str)
+                raise InputError(f"{key}={shown} is not allowed: it must be {rules[key]}")
             flat[key] = value
         elif isinstance(value, dict) and any(known.startswith(key + ".") for known in rules):
             flat |= flatten(value, rules, key + ".")
@@ -174,13 +177,14 @@ def flatten(settings, rules, prefix=""):
 
 
 def fits(value, rule):
-    """Whether value obeys one rule, such as `int >= 1`, `float in [0, 0.5)`, `str`, `null` or `linear | cosine`."""
+    """Whether value obeys one rule: `int >= 1`, `float in [0, 0.5)`, `str`, `null`, `linear | cosine`, ..."""
     if " | " in rule:
         return any(value is choice or value == choice and isinstance(value, str)
                    for choice in (yaml.load(word, Loader) for word in rule.split(" | ")))
     kind, _, bound = rule.partition(" ")
     value = float(value) if kind == "float" and type(value) is int else value
-    kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "mapping": dict, "null": type(None)}
+    kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "mapping": dict,
+             "null": type(None)}
     if type(value) is not kinds[kind]:
         return False
     if kind == "list":
@@ -196,7 +200,7 @@ def fits(value, rule):
 
 
 def as_namespace(flat, rules):
-    """Flat settings as the config: blocks as dicts, local paths absolute and without links, names filled in."""
+    """Flat settings as the config: blocks as dicts, local paths absolute and free of links."""
     config = types.SimpleNamespace()
     for key, value in flat.items():
         block, _, name = key.rpartition(".")
@@ -220,7 +224,8 @@ def check_config(config):
     """What no single key's rule says. Raises InputError."""
     if config.loss not in OBJECTIVES:
         near = difflib.get_close_matches(config.loss, OBJECTIVES, 1, cutoff=0)
-        raise InputError(f"loss={config.loss} is not one of {', '.join(OBJECTIVES)}; the nearest is {near[0]}")
+        raise InputError(f"loss={config.loss} is not one of {', '.join(OBJECTIVES)}; the nearest is "
+                         f"{near[0]}")
     if config.truncation != "drop" and config.max_prompt_length >= config.max_length:
         raise InputError(f"max_length={config.max_length} leaves no room for a response after "
                          f"max_prompt_length={config.max_prompt_length}: raise the one or lower the other")
@@ -228,15 +233,18 @@ def check_config(config):
         raise InputError(f"compute_dtype={config.compute_dtype} does not go with dtype={config.dtype}: "
                          "make them equal, or compute in bfloat16 on float32 weights")
     for key in ("eval_every", "save_every"):
-        if getattr(config, key) > 1 and getattr(config, key) % 1:
-            raise InputError(f"{key}={getattr(config, key)} must be whole steps, or below 1 a fraction of an epoch")
+        every = getattr(config, key)
+        if every > 1 and every % 1:
+            raise InputError(f"{key}={every} is not allowed: it must be whole steps, or below 1 a fraction of "
+                             "an epoch")
     for key in ("model", "reference", "tokenizer"):
         path = getattr(config, key) or ""
         if (path.count("/") > 1 or path.startswith((".", "~", "/"))) and not os.path.exists(path):
-            raise InputError(f"{key}={path}: there is no such folder; give a folder, a run's LATEST or a hub id org/name")
+            raise InputError(f"{key}={path}: there is no such folder; give one, a run's LATEST, or a hub id "
+                             "org/name")
     trainers.make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("WORLD_SIZE is above 1, but this version trains on one device: start it without torchrun")
+        raise InputError("WORLD_SIZE is above 1, but this version uses one device: start it without torchrun")
 
 
 # ---------------------------------------------------------------- the run's folder
@@ -248,10 +256,11 @@ def find_checkpoint(config):
     traces = [name for pattern in ("config.yaml", "metrics.jsonl", "LATEST", "step-*")
               for name in glob.glob(os.path.join(config.run_dir, pattern))]
     if config.resume is False and traces:
-        raise InputError(f"{config.run_dir} holds a run already: go on with it by resume=true, or choose another "
-                         "exp_name or run_dir")
+        raise InputError(f"{config.run_dir} holds a run already: go on with it by resume=true, or choose "
+                         "another exp_name or run_dir")
     if config.resume is True and not os.path.lexists(latest):
-        raise InputError(f"{config.run_dir} has no complete checkpoint to resume: resume=auto starts at step 0 there")
+        raise InputError(f"{config.run_dir} has no complete checkpoint to resume: resume=auto would start at "
+                         "step 0 there")
     if config.resume is False or not os.path.lexists(latest):
         return None
     trainers.read_counters(os.path.realpath(latest))
@@ -259,7 +268,7 @@ def find_checkpoint(config):
 
 
 def resumed_config(config, given):
-    """The run's own config with what was given laid over it. Raises InputError for what a run cannot change."""
+    """The run's own config with what was given laid over it. Raises InputError for what may not change."""
     defaults, rules = read_schema()
     saved = flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
     ours = as_namespace(defaults | saved | given, rules)
@@ -269,14 +278,14 @@ def resumed_config(config, given):
     for key in given:
         block, _, name = key.rpartition(".")
         old, new = ((vars(c)[block][name] if block else vars(c)[key]) for c in (before, ours))
-        if old != new and not MAY_CHANGE.fullmatch(key) and key not in (*free, "run_dir", "exp_name"):
-            raise InputError(f"{key} was {old} when this run began and cannot become {new}: leave it out, or start a "
-                             "new run with another exp_name")
+        if old != new and not MAY_CHANGE.fullmatch(key) and key not in free:
+            raise InputError(f"{key} was {old} when this run began and cannot become {new}: leave it out, or "
+                             "start a new run with another exp_name")
     return ours
 
 
 def load_reference(config, checkpoint, policy, tokenizer):
-    """The frozen reference: `reference`, or else the policy's starting weights."""
+    """The frozen model that the config names, or else the policy's starting weights."""
     path = config.reference or config.model
     if path == config.model and not checkpoint:
         return copy.deepcopy(policy)
@@ -284,11 +293,12 @@ def load_reference(config, checkpoint, policy, tokenizer):
         path = os.path.join(config.run_dir, "reference")
     if config.reference and path != "tiny":
         trainers.check_same_tokenizer(path, tokenizer, config)
-    return trainers.load_model(path, trainers.load_model_config(path, config, tokenizer)[0], config, tokenizer)
+    model_config, _ = trainers.load_model_config(path, config, tokenizer)
+    return trainers.load_model(path, model_config, config, tokenizer)
 
 
 def open_run(config, reference, tokenizer, fresh):
-    """Makes the run's folder and writes config.yaml; returns the lock that keeps other processes out of it."""
+    """Makes the run's folder, writes config.yaml; returns the lock that keeps other processes out of it."""
     os.makedirs(config.run_dir, exist_ok=True)
     lock = open(os.path.join(config.run_dir, ".lock"), "w")  # let go when this process ends, however it ends
     try:
@@ -301,10 +311,10 @@ def open_run(config, reference, tokenizer, fresh):
     if not fresh:
         with open(path, encoding="utf-8") as file:
             run_id = yaml.safe_load(file)["provenance"]["run_id"]
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     config.provenance = {"run_id": run_id, "git_commit": git("rev-parse", "HEAD"),
                          "git_dirty": bool(git("status", "--porcelain")),
-                         "versions": {name: importlib.metadata.version(name)
-                                      for name in ("torch", "transformers", "datasets", "tokenizers", "numpy")}}
+                         "versions": {name: importlib.metadata.version(name) for name in packages}}
     with open(path + ".partial", "w", encoding="utf-8") as file:
         yaml.safe_dump(vars(config), file, sort_keys=False, allow_unicode=True)
     os.replace(path + ".partial", path)
@@ -318,9 +328,10 @@ def open_run(config, reference, tokenizer, fresh):
 def git(*arguments):
     """What git prints in this clone, or None where there is neither."""
     try:
-        return subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", "-C", HERE, *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout.strip()
 
 
 # ---------------------------------------------------------------- what the person sees
@@ -337,20 +348,23 @@ def print_summary(config, trainer, dropouts, reports):
     policy, block = trainer.policy, getattr(config, config.loss, {})
     num_parameters = sum(parameter.numel() for parameter in policy.parameters())
     num_tokens = sum(example.num_tokens for example in trainer.train_examples)
-    lines = [("run", f"{config.run_dir}" + (f", going on after step {trainer.step}" if trainer.step else "")),
-             ("model", f"{config.model}, {policy.config.model_type}, {num_parameters:,} parameters, {config.dtype} on "
-                       f"{policy.device}" + "".join(f"; {name} {p} set to 0" for name, p in dropouts.items()))]
+    resumed = trainer.saved_step is not None
+    lines = [("run", config.run_dir + (f", going on after step {trainer.step}" if resumed else "")),
+             ("model", f"{config.model}, {policy.config.model_type}, {num_parameters:,} parameters in "
+                       f"{config.dtype} on {policy.device}")]
+    lines += [("", f"  {name} was {value}, set to 0") for name, value in dropouts.items()]
     if trainer.reference:
         lines.append(("reference", config.reference or "the model's starting weights"))
     lines.append(("loss", " ".join([config.loss, *(f"{name}={value}" for name, value in block.items())])))
     for name, report in reports.items():
-        first, *rest = report.lines() if report.rows else ["none, so no evaluation: eval_data names one"]
+        first, *rest = report.lines() if report.rows else ["none, so no evaluation; eval_data= names one"]
         lines += [(name, first), *(("", line) for line in rest)]
-    lines.append(("steps", f"{trainer.num_steps:,} of {config.batch_size} examples, {num_tokens:,} tokens an epoch"))
+    lines.append(("steps", f"{trainer.num_steps:,} of {config.batch_size} examples; {num_tokens:,} tokens an "
+                           "epoch"))
     tokenizer = trainer.tokenizer
-    if not config.add_bos and tokenizer.bos_token_id is not None:
-        if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-            lines.append(("note", f"this tokenizer would begin a text with {tokenizer.bos_token}; add_bos=true does"))
+    if not config.add_bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's prompts "
+                              "do not: see add_bos"))
     for name, text in lines:
         print(f"{name:<10} {text}")
 
@@ -362,7 +376,7 @@ def print_results(config, trainer):
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         print(f"\n{'evaluation':<24}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}")
-        for name in [name for name in last if name not in ("step", "examples", "split", "time", "epoch")]:
+        for name in list(last)[4:]:  # the first four say where, not what
             cells = ("-" if line.get(name) is None else f"{line[name]:.4f}" for line in (first, last))
             print(f"{name:<24}" + "".join(f"{cell:>14}" for cell in cells))
     if not trainer.saved_step:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
-                          LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper)
+                          LogitsProcessor, TopPLogitsWarper)
 
 from data import Example, InputError, collate, microbatches, stream, train_tokenizer
 from losses import OBJECTIVES
@@ -33,7 +33,10 @@ LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 def load_tokenizer(path, rows, config):
-    """The tokenizer at `path` (hub id or folder), or for `tiny` one trained on rows. Refused without an end token."""
+    """The tokenizer at `path`, a hub id or folder, or for `tiny` one trained on the rows.
+
+    Raises InputError where there is none, or none with the special tokens that the run needs.
+    """
     if path == "tiny":
         return train_tokenizer(rows)
     try:
@@ -41,8 +44,8 @@ def load_tokenizer(path, rows, config):
     except LOADING_ERRORS as error:
         raise InputError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path} has no end-of-sequence token, which closes every response: "
-                         "name one in its tokenizer_config.json, or choose another with tokenizer=")
+        raise InputError(f"the tokenizer of {path} has no end-of-sequence token, which closes every "
+                         "response: name one in its tokenizer_config.json, or choose another by tokenizer=")
     if config.add_bos and tokenizer.bos_token_id is None:
         raise InputError(f"add_bos=true, but the tokenizer of {path} has no begin-of-sequence token")
     return tokenizer
@@ -51,9 +54,10 @@ def load_tokenizer(path, rows, config):
 def load_model_config(path, config, tokenizer):
     """The model's own configuration with every dropout at 0, and what those were. Reads no weights."""
     if path == "tiny":
-        return LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                           num_attention_heads=4, max_position_embeddings=2048, bos_token_id=None,
-                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), {}
+        return LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
+                           num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
+                           bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                           pad_token_id=tokenizer.pad_token_id), {}
     try:
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except LOADING_ERRORS as error:
@@ -72,20 +76,21 @@ def load_model_config(path, config, tokenizer):
 
 
 def load_model(path, model_config, config, tokenizer):
-    """The causal language model at `path` on this run's device. Raises InputError where it cannot be had whole."""
+    """The causal language model at `path`, on this run's device. Raises InputError if it is not whole."""
     dtype = getattr(torch, config.dtype)
     try:
         if path == "tiny":
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
-                model = LlamaForCausalLM._from_config(model_config, attn_implementation=config.attention, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(
+                    model_config, attn_implementation=config.attention, dtype=dtype)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, config=model_config, dtype=dtype, attn_implementation=config.attention,
                 trust_remote_code=config.trust_remote_code, output_loading_info=True)
             if info["missing_keys"] or info["mismatched_keys"]:
                 absent = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-                raise ValueError(f"{len(absent)} of its weights are missing or of another shape, first {absent[0]}")
+                raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]}")
     except LOADING_ERRORS as error:
         raise InputError(f"model {path} cannot be loaded: {first_line(error)}") from error
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -138,28 +143,29 @@ def first_line(error):
 
 def optimizer_names():
     """The torch.optim classes whose step needs neither a closure nor sparse gradients."""
-    classes = {name: c for name, c in vars(torch.optim).items() if inspect.isclass(c) and name != "Optimizer"}
-    return sorted(name for name, c in classes.items() if issubclass(c, torch.optim.Optimizer)
-                  and inspect.signature(c.step).parameters["closure"].default is None and name != "SparseAdam")
+    base = torch.optim.Optimizer
+    return sorted(name for name, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, base)
+                  and c not in (base, torch.optim.LBFGS, torch.optim.SparseAdam))
 
 
 def make_optimizer(parameters, config):
-    """The torch.optim class that the config names. Raises InputError for a name or argument it does not have."""
+    """The torch.optim class that the config names. Raises InputError for an unknown name or argument."""
     if config.optimizer not in optimizer_names():
         raise InputError(f"optimizer={config.optimizer} is not one of {', '.join(optimizer_names())}")
     optimizer_class = getattr(torch.optim, config.optimizer)
     names = [name for name in inspect.signature(optimizer_class).parameters if name not in ("params", "lr")]
     for name in config.optimizer_args:
         if name not in names:
-            raise InputError(f"optimizer_args.{name} is no argument of {config.optimizer}: it has {', '.join(names)}")
+            raise InputError(f"optimizer_args.{name} is no argument of {config.optimizer}, which has "
+                             f"{', '.join(names)}")
     try:
         return optimizer_class(parameters, lr=config.lr, **config.optimizer_args)
     except (TypeError, ValueError) as error:
-        raise InputError(f"optimizer_args={config.optimizer_args}: {config.optimizer} says {error}") from error
+        raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused: {error}") from error
 
 
 def learning_rate(step, num_steps, config):
-    """The rate of the step after `step` finished ones: linear warmup to lr, then the schedule over the rest."""
+    """The rate of the step that follows `step` finished ones: linear warmup to lr, then the schedule."""
     warmup = config.warmup_steps
     rate = config.lr * min(1, (step + 1) / (warmup + 1))
     if config.lr_schedule == "constant" or step <= warmup:
@@ -170,24 +176,27 @@ def learning_rate(step, num_steps, config):
 
 def as_steps(interval, num_rows, batch_size):
     """An interval in optimizer steps, from steps or (below 1) a fraction of an epoch; 0 stays 0: never."""
-    return int(interval) if interval == 0 or interval >= 1 else max(1, round(interval * num_rows / batch_size))
+    is_fraction = 0 < interval < 1
+    return max(1, round(interval * num_rows / batch_size)) if is_fraction else int(interval)
 
 
 # ---------------------------------------------------------------- the loop
 
 
 class Stopped(Exception):
-    """Raised between steps and between evaluation batches when a signal or max_hours asks for the end."""
+    """A signal or max_hours asks for the end; raised between steps and between evaluation batches."""
 
 
 class Trainer:
     """One run: the policy, its objective and optimizer, and the folder that keeps it.
 
-    num_prompts: how many of held_out are sampled from; dataset: the data.Dataset whose rewards are known, or None.
+    held_out: Examples; the first num_eval_examples are evaluated, the first num_prompts sampled from.
+    dataset: the data.Dataset whose known rewards judge the samples, or None.
+    checkpoint: the folder to go on from, whose weights `policy` has, or None.
     """
 
-    def __init__(self, config, policy, reference, tokenizer, end_ids, train_examples, held_out, num_prompts, dataset,
-                 checkpoint=None):
+    def __init__(self, config, policy, reference, tokenizer, end_ids, train_examples, held_out, num_prompts,
+                 dataset, checkpoint=None):
         self.config = config
         self.objective = OBJECTIVES[config.loss]
         self.policy = policy.train()
@@ -240,9 +249,9 @@ class Trainer:
                     metrics = self.train_step()
                     if self.log_is_due():
                         self.log("train", metrics)
+                    bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "rewards/accuracies")
+                                     if name in metrics}, refresh=False)
                     bar.update()
-                    shown = {"loss": metrics["loss"], "accuracy": metrics.get("rewards/accuracies")}
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
             except Stopped:
                 if self.saved_step != self.step:
                     self.save()
@@ -308,7 +317,8 @@ class Trainer:
         sums = self.accumulate(batches, self.denominator(examples), backward=True)
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).double()
-        metrics = dict(zip(sums, torch.stack(list(sums.values())).tolist()))  # the step's one wait for the device
+        values = torch.stack(list(sums.values())).tolist()  # the step's one wait for the device
+        metrics = dict(zip(sums, values))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise FloatingPointError(self.describe_failure(metrics, batches))
         metrics["lr"] = learning_rate(self.step, self.num_steps, self.config)
@@ -348,7 +358,8 @@ class Trainer:
 
     def losses(self, examples):
         """This objective's losses (B,) and metrics for a list of examples, in one forward of each model."""
-        batch = collate(examples, torch.promote_types(self.policy.dtype, torch.float32)).to(self.policy.device)
+        batch = collate(examples, torch.promote_types(self.policy.dtype, torch.float32))
+        batch = batch.to(self.policy.device)
         logps = [*self.response_logps(self.policy, batch)]
         if self.objective.needs_reference:
             with torch.no_grad():
@@ -357,7 +368,7 @@ class Trainer:
         return self.objective.loss(*logps, **columns, **self.loss_options)
 
     def response_logps(self, model, batch):
-        """Summed log-probabilities (K, B) in nats of a Batch's responses, in float32 (float64 models: float64)."""
+        """Summed log-probabilities (K, B) of a Batch's responses in nats, float32 (float64 models: float64)."""
         with self.autocast():
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
                            logits_to_keep=batch.predicts).logits  # (N, V), N response tokens in all rows
@@ -379,11 +390,11 @@ class Trainer:
             for batch in batches:
                 finite = self.losses(batch)[0].isfinite().tolist()
                 bad += [example.where for example, fine in zip(batch, finite) if not fine]
-        what = f"examples with such a loss: {', '.join(bad)}" if bad else "every example's own loss is finite, the " \
-            f"batch was {', '.join(example.where for batch in batches for example in batch)}"
-        kept = f"step {self.saved_step}" if self.saved_step else "none yet"
-        return (f"step {self.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; {what}. "
-                f"The weights were not touched; the last checkpoint is {kept}. A lower lr or more warmup may help.")
+        what = "the examples whose loss is not finite" if bad else "each example's loss is finite; the batch"
+        bad = bad or [example.where for batch in batches for example in batch]
+        numbers = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        return (f"step {self.step + 1}: {numbers}; {what}: {', '.join(bad)}. The weights were not touched; the last checkpoint is that of step "
+                f"{self.saved_step}. A lower lr or a longer warmup may help.")
 
     # ------------------------------------------------------------ evaluation and samples
 
@@ -403,11 +414,14 @@ class Trainer:
         self.evaluated_steps.add(self.step)
 
     def sample(self):
-        """Answers of policy and reference to the same prompts: prints and writes num_samples, returns metrics."""
+        """Answers of policy and reference to the same prompts; prints and writes num_samples of them.
+
+        Returns metrics over all.
+        """
         answers = {"policy": self.generate(self.policy, self.sample_examples)}
         metrics = {"samples/length": sum(map(len, answers["policy"])) / len(self.sample_examples)}
         if self.reference:
-            if self.reference_samples is None:  # the same at every evaluation, for neither weights nor noise change
+            if self.reference_samples is None:  # neither its weights nor the noise change
                 self.reference_samples = self.generate(self.reference, self.sample_examples)
             answers["reference"] = self.reference_samples
             metrics["samples/kl"] = self.sample_kl(answers["policy"])
@@ -419,16 +433,19 @@ class Trainer:
                 record[who] = self.tokenizer.decode(ids[:-1] if finished else ids)
                 if self.dataset and who != "chosen":
                     scores = self.dataset.scores(record[who], finished)
-                    record |= {name if who == "policy" else f"{who}_{name}": value for name, value in scores.items()}
+                    prefix = "" if who == "policy" else "reference_"
+                    record |= {prefix + name: value for name, value in scores.items()}
         if self.dataset:
             metrics |= self.score_metrics(records, metrics.get("samples/kl"))
         self.show_samples(records[:self.config.num_samples])
         return metrics
 
     def score_metrics(self, records, kl):
-        """Means of the known scores; with a reference its defeats (ties half), the optimum at this KL, the ratio."""
-        names = [name for name in records[0] if isinstance(records[0][name], float) and "reference_" not in name]
-        metrics = {f"samples/{name}": sum(record[name] for record in records) / len(records) for name in names}
+        """Means of the known scores; with a reference also the win rate against its answers (a tie is half a
+        win), the best possible reward at this KL, and the share of it that was reached."""
+        names = [name for name, value in records[0].items() if isinstance(value, float)]
+        metrics = {f"samples/{name}": sum(record[name] for record in records) / len(records)
+                   for name in names}
         if kl is not None:
             gaps = [record["reward"] - record["reference_reward"] for record in records]
             metrics["samples/win_rate"] = sum((gap > 0) + (gap == 0) / 2 for gap in gaps) / len(gaps)
@@ -441,7 +458,8 @@ class Trainer:
         for record in records:
             tqdm.write("")
             for name, value in record.items():
-                tqdm.write(textwrap.shorten(f"{name:>10}  {value}", 300, placeholder=" ... (whole in samples.jsonl)"))
+                text = textwrap.shorten(str(value), 300, placeholder=" ... (whole in samples.jsonl)")
+                tqdm.write(f"{name:<22}{text}")
         if self.wandb and records:
             import wandb
             table = wandb.Table(columns=list(records[0]), data=[list(record.values()) for record in records])
@@ -460,7 +478,7 @@ class Trainer:
         return max(0.0, total / len(drawn))
 
     def generate(self, model, examples):
-        """A sampled response for each example's prompt: a list of id lists, end token included where one came.
+        """A sampled response to each example's prompt: lists of ids, with the end token where one came.
 
         The noise is seeded by example, so a sample depends on its prompt and place, not on the batch.
         """
@@ -470,22 +488,25 @@ class Trainer:
         responses = [None] * len(examples)
         pad = self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         settings = GenerationConfig(do_sample=False, eos_token_id=self.end_ids, pad_token_id=pad)
-        kept, model.generation_config = model.generation_config, settings  # nothing of the model's own, such as
-        try:                                                               # a repetition penalty, is mixed in
+        kept = model.generation_config  # put aside, or its repetition penalty and the like are mixed in
+        model.generation_config = settings
+        try:
             for room, group in itertools.groupby(order, key=lambda i: rooms[i]):
-                for chunk in iter(lambda: list(itertools.islice(group, self.config.eval_batch_size)), []):
+                group = list(group)
+                for start in range(0, len(group), self.config.eval_batch_size):
                     self.check_stop()
+                    chunk = group[start:start + self.config.eval_batch_size]
                     prompts = [torch.from_numpy(examples[i].prompt).long() for i in chunk]
-                    input_ids = pad_sequence(prompts, True, pad, padding_side="left").to(model.device)
-                    mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, padding_side="left")
+                    input_ids = pad_sequence(prompts, True, pad, "left").to(model.device)
+                    mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, "left")
                     noise = SeededSampling([self.config.seed * 1_000_003 + i for i in chunk],
                                            self.config.sample_temperature, self.config.sample_top_p)
                     with self.autocast():
-                        output = model.generate(input_ids, attention_mask=mask.to(model.device), max_new_tokens=room,
-                                                logits_processor=LogitsProcessorList([noise]))
+                        output = model.generate(input_ids, attention_mask=mask.to(model.device),
+                                                max_new_tokens=room, logits_processor=[noise])
                     for i, ids in zip(chunk, output[:, input_ids.shape[1]:].tolist()):
-                        end = next((at + 1 for at, token in enumerate(ids) if token in self.end_ids), len(ids))
-                        responses[i] = ids[:end]
+                        ends = [at + 1 for at, token in enumerate(ids) if token in self.end_ids]
+                        responses[i] = ids[:ends[0]] if ends else ids
         finally:
             model.generation_config = kept
         return responses
@@ -496,13 +517,14 @@ class Trainer:
         """One line in metrics.jsonl; evaluations also on the console; both in wandb."""
         if split == "train":
             seconds = self.throughput["seconds"]
-            metrics |= {f"{name}_per_second": self.throughput[name] / seconds for name in ("examples", "tokens")}
+            for name in ("examples", "tokens"):
+                metrics[f"{name}_per_second"] = self.throughput[name] / seconds
             self.throughput.clear()
-        line = {"step": self.step, "examples": self.examples, "split": split, "time": time.time(), **metrics}
-        self.write("metrics.jsonl", [line])
+        place = {"step": self.step, "examples": self.examples, "split": split, "time": time.time()}
+        self.write("metrics.jsonl", [place | metrics])
         if split == "eval":
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
-            tqdm.write(f"\nstep {self.step}  eval/ {shown}")
+            shown = (f"eval/{name} {value:.4g}" for name, value in metrics.items() if value is not None)
+            tqdm.write(f"\nstep {self.step}: {', '.join(shown)}")
         if self.wandb:
             prefix = "eval/" if split == "eval" else ""
             self.wandb.log({"step": self.step, **{prefix + name: value for name, value in metrics.items()}})
@@ -516,8 +538,10 @@ class Trainer:
             return
         import wandb
         try:
-            self.wandb = wandb.init(project=self.config.wandb_project, name=self.config.exp_name, mode=self.config.wandb,
-                                    dir=self.config.run_dir, id=self.config.provenance["run_id"], resume="allow", config=vars(self.config))
+            self.wandb = wandb.init(
+                project=self.config.wandb_project, name=self.config.exp_name, mode=self.config.wandb,
+                dir=self.config.run_dir, id=self.config.provenance["run_id"], resume="allow",
+                config=vars(self.config))
         except wandb.errors.Error as error:
             raise InputError(f"wandb={self.config.wandb} does not start: {first_line(error)}") from error
         self.wandb.define_metric("*", step_metric="step")
@@ -539,7 +563,8 @@ class Trainer:
             torch.save({"optimizer": self.optimizer.state_dict(), "rng": rng},
                        os.path.join(folder, "trainer_state", "state.pt"))
             with open(os.path.join(folder, "trainer_state", "state.json"), "w") as file:
-                json.dump({"step": self.step, "examples": self.examples, "reference": self.reference_fingerprint}, file)
+                json.dump({"step": self.step, "examples": self.examples,
+                           "reference": self.reference_fingerprint}, file)
         point_latest(run_dir, name)
         self.saved_step = self.step
         if self.config.keep_checkpoints is not None:
@@ -549,14 +574,14 @@ class Trainer:
                 shutil.rmtree(discarded)
 
     def restore(self, checkpoint):
-        """Takes up a checkpoint's optimizer, counters and random state, and cuts the records back to its step."""
+        """Takes up a checkpoint's optimizer, counters and random state; cuts the records back to its step."""
         for leftover in glob.glob(os.path.join(self.config.run_dir, ".*.partial")):
             shutil.rmtree(leftover)
         if checkpoint:
             counters = read_counters(checkpoint)
             if counters["reference"] != self.reference_fingerprint:
-                raise InputError("the reference is not the one that this run began with (its weights differ): put "
-                                 f"{self.config.reference or self.config.model} back, or start a new run")
+                raise InputError("the reference's weights are not those that this run began with: put back "
+                                 f"{self.config.reference or self.config.model}, or start a new run")
             state = torch.load(os.path.join(checkpoint, "trainer_state", "state.pt"), map_location="cpu")
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"]["cpu"])
@@ -567,7 +592,8 @@ class Trainer:
         kept = cut_back(os.path.join(self.config.run_dir, "metrics.jsonl"),
                         lambda line: checkpoint and line["step"] <= self.step)
         self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
-        cut_back(os.path.join(self.config.run_dir, "samples.jsonl"), lambda line: line["step"] in self.evaluated_steps)
+        cut_back(os.path.join(self.config.run_dir, "samples.jsonl"),
+                 lambda line: line["step"] in self.evaluated_steps)
 
 
 class SeededSampling(LogitsProcessor):
@@ -595,7 +621,7 @@ class SeededSampling(LogitsProcessor):
 
 
 def read_counters(checkpoint):
-    """step, examples and reference of a checkpoint. Raises InputError if the folder is not a whole checkpoint."""
+    """step, examples and reference of a checkpoint. Raises InputError if the folder is not whole."""
     needed = ("config.json", "trainer_state/state.json", "trainer_state/state.pt")
     absent = [name for name in needed if not os.path.isfile(os.path.join(checkpoint, name))]
     absent += [] if glob.glob(os.path.join(checkpoint, "*.safetensors")) else ["model.safetensors"]
@@ -631,7 +657,7 @@ def point_latest(run_dir, name):
 
 
 def cut_back(path, keep):
-    """Rewrites a file of JSON lines with those that `keep` accepts; a line torn by a crash is not one of them."""
+    """Rewrites a file of JSON lines with those that `keep` accepts and returns them; a torn line goes too."""
     if not os.path.exists(path):
         return []
     kept = []
