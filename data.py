@@ -292,7 +292,7 @@ def load_source(name, split, pairs):
     elif ending in FILES:
         raise InputError(f"{name}: there is no such file; give an existing one, or one of "
                          f"{', '.join(DATASETS)}")
-    elif hub and not os.path.exists(name):
+    elif hub and not os.path.isfile(name):
         rows = load_hub(hub[1], hub[2], hub[3] or split)
     else:
         near = difflib.get_close_matches(name, DATASETS, 1)

@@ -1,5 +1,6 @@
 """What happens in a run, in order? python train.py [--config mine.yaml] [key=value ...], or --help."""
 
+import contextlib
 import copy
 import difflib
 import fcntl
@@ -35,50 +36,51 @@ MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while
 
 def main(arguments):
     """Runs what the arguments ask for; returns the exit status. Raises InputError for refused input."""
-    config, given = load_config(arguments)
-    checkpoint = find_checkpoint(config)
-    if checkpoint:
-        config = resumed_config(config, given)
-    check_config(config)
-
-    objective = OBJECTIVES[config.loss]
-    named = [name for name in as_list(config.data) if name in DATASETS]
-    held_out_sources = as_list(config.eval_data) or named
-    rows, report = data.load_rows(config.data, "train", objective)
-    held_out_rows, held_out_report = data.load_rows(held_out_sources, "test", objective)
-
-    path = checkpoint or config.model
-    tokenizer = trainers.load_tokenizer(checkpoint or config.tokenizer or config.model, rows, config)
-    model_config, dropouts = trainers.load_model_config(path, config, tokenizer)
-    end_ids = trainers.load_end_ids(path, tokenizer)
-    dataset = known_rewards(held_out_sources)
-    num_prompts = dataset.num_samples if dataset else config.num_samples
-    limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
-    examples = data.encode(rows, report, tokenizer, config, end_ids)
-    held_out = data.encode(held_out_rows, held_out_report, tokenizer, config, end_ids, limit)
-    for key, kept, told in (("data", examples, report), ("eval_data", held_out, held_out_report)):
-        if not kept and (held_out_sources or key == "data"):
-            raise InputError(f"{key} leaves no row to work with: " + "; ".join(told.lines()))
-
-    policy = trainers.load_model(path, model_config, config, tokenizer)
-    reference = None
-    if objective.needs_reference:
-        reference = load_reference(config, checkpoint, policy, tokenizer)
-    lock = open_run(config, reference, tokenizer, fresh=not checkpoint)  # noqa: F841, held until the end
-    trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, examples, held_out,
-                               num_prompts, dataset, checkpoint)
-    print_summary(config, trainer, dropouts, {"data": report, "eval data": held_out_report})
-    if checkpoint and trainer.step >= trainer.num_steps and not trainer.eval_is_due():
-        print(f"This run is finished: {checkpoint} is its last step, {trainer.step}.")
-        return 0
-    stopped_by = trainer.train()
-    print_results(config, trainer)
+    config, checkpoint = load_config(arguments)
+    trainer = build_trainer(config, checkpoint)
+    with open_run(trainer, fresh=not checkpoint):
+        trainer.restore_records()
+        if checkpoint and trainer.step >= trainer.num_steps and not trainer.eval_is_due():
+            print(f"This run is finished: its last step, {trainer.step}, is in {checkpoint}.")
+            return 0
+        stopped_by = trainer.train()
+    print_results(trainer)
     if not stopped_by:
         return 0
     name = stopped_by if stopped_by == "max_hours" else signal.Signals(stopped_by).name
     print(f"Stopped by {name} after step {trainer.step} of {trainer.num_steps}; all is saved. To go on:\n"
           f"  python train.py resume=true run_dir={shlex.quote(os.path.relpath(config.run_dir))}")
     return 0 if stopped_by == "max_hours" else 128 + stopped_by
+
+
+def build_trainer(config, checkpoint=None):
+    """Data, tokenizer, models and Trainer of a config, printing a summary; writes nothing."""
+    objective = OBJECTIVES[config.loss]
+    named = [name for name in as_list(config.data) if name in DATASETS]
+    eval_sources = as_list(config.eval_data) or named
+    train_rows, train_report = data.load_rows(config.data, "train", objective)
+    eval_rows, eval_report = data.load_rows(eval_sources, "test", objective)
+
+    model_path = checkpoint or config.model
+    tokenizer = trainers.load_tokenizer(checkpoint or config.tokenizer or config.model, train_rows, config)
+    model_config, dropouts = trainers.load_model_config(model_path, config, tokenizer)
+    end_ids = trainers.load_end_ids(model_path, tokenizer)
+
+    judge = known_rewards(eval_sources)
+    num_prompts = judge.num_samples if judge else config.num_samples
+    limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
+    train_examples = data.encode(train_rows, train_report, tokenizer, config, end_ids)
+    held_out = data.encode(eval_rows, eval_report, tokenizer, config, end_ids, limit)
+    for key, report in (("data", train_report), ("eval_data", eval_report)):
+        if not report.used and (eval_sources or key == "data"):
+            raise InputError(f"{key} leaves no row to work with: " + "; ".join(report.lines()))
+
+    policy = trainers.load_model(model_path, model_config, config, tokenizer)
+    reference = load_reference(config, checkpoint, policy, tokenizer) if objective.needs_reference else None
+    trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, train_examples, held_out,
+                               num_prompts, judge, checkpoint)
+    print_summary(trainer, dropouts, {"data": train_report, "eval data": eval_report})
+    return trainer
 
 
 # ---------------------------------------------------------------- config
@@ -100,24 +102,42 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.
 
 
 def load_config(arguments):
-    """The config, a namespace with blocks as dicts, and {dotted key: value} of what the arguments gave."""
+    """The config, a namespace with blocks as dicts, and the checkpoint to go on from, or None.
+
+    A resumed run's config is its own with the arguments laid over it. Raises InputError for what is refused.
+    """
     defaults, rules = read_schema()
-    given, settings = {}, list(arguments)
-    while settings:
-        setting = settings.pop(0)
-        if setting == "--config" and settings:
-            given |= flatten(read_yaml(settings.pop(0)), rules)
+    given = read_arguments(arguments, rules)
+    config = as_namespace(defaults | given)
+    checkpoint = find_checkpoint(config)
+    if checkpoint:
+        saved = defaults | flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
+        before, run_dir = as_namespace(saved), config.run_dir
+        config = as_namespace(saved | given)
+        config.run_dir = run_dir  # the folder may have been moved
+        check_changes(before, config, given)
+    check_config(config)
+    return config, checkpoint
+
+
+def read_arguments(arguments, rules):
+    """{dotted key: value} of a command line's `key=value` and `--config file`, the later over the earlier."""
+    given, arguments = {}, list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config" and arguments:
+            given |= flatten(read_yaml(arguments.pop(0)), rules)
             continue
-        key, equals, text = setting.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals or key.startswith("-"):
-            raise InputError(f"{setting!r} is not understood: settings are given as key=value, a file of "
+            raise InputError(f"{argument!r} is not understood: settings are given as key=value, a file of "
                              "them as --config mine.yaml, and --help lists them")
-        parent, _, argument = key.partition(".")
-        if rules.get(parent) == "mapping" and argument:
-            given[parent] = given.get(parent, {}) | {argument: parse(text, "")}
+        parent, _, name = key.partition(".")
+        if name and rules.get(parent) == "mapping":
+            given[parent] = given.get(parent, {}) | {name: parse(text, "")}
         else:
             given |= flatten({key: parse(text, rules.get(key, ""))}, rules)
-    return as_namespace(defaults | given, rules), given
+    return given
 
 
 def read_schema():
@@ -199,7 +219,7 @@ def fits(value, rule):
     return not bound or (value >= float(limit) if sign == ">=" else value > float(limit))
 
 
-def as_namespace(flat, rules):
+def as_namespace(flat):
     """Flat settings as the config: blocks as dicts, local paths absolute and free of links."""
     config = types.SimpleNamespace()
     for key, value in flat.items():
@@ -235,8 +255,8 @@ def check_config(config):
     for key in ("eval_every", "save_every"):
         every = getattr(config, key)
         if every > 1 and every % 1:
-            raise InputError(f"{key}={every} is not allowed: it must be whole steps, or below 1 a fraction of "
-                             "an epoch")
+            raise InputError(f"{key}={every} is not allowed: it must be whole steps, or below 1 a fraction "
+                             "of an epoch")
     for key in ("model", "reference", "tokenizer"):
         path = getattr(config, key) or ""
         if (path.count("/") > 1 or path.startswith((".", "~", "/"))) and not os.path.exists(path):
@@ -267,21 +287,15 @@ def find_checkpoint(config):
     return os.path.realpath(latest)
 
 
-def resumed_config(config, given):
-    """The run's own config with what was given laid over it. Raises InputError for what may not change."""
-    defaults, rules = read_schema()
-    saved = flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
-    ours = as_namespace(defaults | saved | given, rules)
-    ours.run_dir = config.run_dir  # the folder may have been moved
-    before = as_namespace(defaults | saved, rules)
+def check_changes(before, after, given):
+    """Raises InputError if the settings given to a resumed run change what must stay."""
     free = ("num_epochs", "max_steps") if before.lr_schedule == "constant" else ()
     for key in given:
         block, _, name = key.rpartition(".")
-        old, new = ((vars(c)[block][name] if block else vars(c)[key]) for c in (before, ours))
+        old, new = (vars(config)[block][name] if block else vars(config)[key] for config in (before, after))
         if old != new and not MAY_CHANGE.fullmatch(key) and key not in free:
             raise InputError(f"{key} was {old} when this run began and cannot become {new}: leave it out, or "
                              "start a new run with another exp_name")
-    return ours
 
 
 def load_reference(config, checkpoint, policy, tokenizer):
@@ -297,32 +311,34 @@ def load_reference(config, checkpoint, policy, tokenizer):
     return trainers.load_model(path, model_config, config, tokenizer)
 
 
-def open_run(config, reference, tokenizer, fresh):
-    """Makes the run's folder, writes config.yaml; returns the lock that keeps other processes out of it."""
+@contextlib.contextmanager
+def open_run(trainer, fresh):
+    """The run's folder, made and kept from other processes, with its config.yaml and the start of `tiny`."""
+    config = trainer.config
     os.makedirs(config.run_dir, exist_ok=True)
-    lock = open(os.path.join(config.run_dir, ".lock"), "w")  # let go when this process ends, however it ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(f"{config.run_dir} is in use by another process: wait for it, or choose another "
-                         "exp_name") from error
     path = os.path.join(config.run_dir, "config.yaml")
-    run_id = secrets.token_hex(6)
-    if not fresh:
-        with open(path, encoding="utf-8") as file:
-            run_id = yaml.safe_load(file)["provenance"]["run_id"]
-    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-    config.provenance = {"run_id": run_id, "git_commit": git("rev-parse", "HEAD"),
-                         "git_dirty": bool(git("status", "--porcelain")),
-                         "versions": {name: importlib.metadata.version(name) for name in packages}}
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        yaml.safe_dump(vars(config), file, sort_keys=False, allow_unicode=True)
-    os.replace(path + ".partial", path)
-    if fresh and reference and (config.reference or config.model) == "tiny":
-        with trainers.whole_folder(os.path.join(config.run_dir, "reference")) as folder:
-            reference.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    return lock
+    with open(os.path.join(config.run_dir, ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
+        except OSError as error:
+            raise InputError(f"{config.run_dir} is in use by another process: wait for it, or choose another "
+                             "exp_name") from error
+        run_id = secrets.token_hex(6)
+        if not fresh:
+            with open(path, encoding="utf-8") as file:
+                run_id = yaml.safe_load(file)["provenance"]["run_id"]
+        packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+        config.provenance = {"run_id": run_id, "git_commit": git("rev-parse", "HEAD"),
+                             "git_dirty": bool(git("status", "--porcelain")),
+                             "versions": {name: importlib.metadata.version(name) for name in packages}}
+        with open(path + ".partial", "w", encoding="utf-8") as file:
+            yaml.safe_dump(vars(config), file, sort_keys=False, allow_unicode=True)
+        os.replace(path + ".partial", path)
+        if fresh and trainer.reference and (config.reference or config.model) == "tiny":
+            with trainers.whole_folder(os.path.join(config.run_dir, "reference")) as folder:
+                trainer.reference.save_pretrained(folder)
+                trainer.tokenizer.save_pretrained(folder)
+        yield
 
 
 def git(*arguments):
@@ -344,7 +360,8 @@ def known_rewards(sources):
     return dataset if dataset and dataset.scores else None
 
 
-def print_summary(config, trainer, dropouts, reports):
+def print_summary(trainer, dropouts, reports):
+    config = trainer.config
     policy, block = trainer.policy, getattr(config, config.loss, {})
     num_parameters = sum(parameter.numel() for parameter in policy.parameters())
     num_tokens = sum(example.num_tokens for example in trainer.train_examples)
@@ -363,16 +380,16 @@ def print_summary(config, trainer, dropouts, reports):
                            "epoch"))
     tokenizer = trainer.tokenizer
     if not config.add_bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's prompts "
-                              "do not: see add_bos"))
+        lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's "
+                              "prompts do not: see add_bos"))
     for name, text in lines:
         print(f"{name:<10} {text}")
 
 
-def print_results(config, trainer):
+def print_results(trainer):
     """First and last evaluation side by side, where the checkpoint is, and what to run next."""
-    with open(os.path.join(config.run_dir, "metrics.jsonl"), encoding="utf-8") as file:
-        evaluations = [line for line in map(json.loads, file) if line["split"] == "eval"]
+    config = trainer.config
+    evaluations = [line for line in trainer.records() if line["split"] == "eval"]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         print(f"\n{'evaluation':<24}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}")

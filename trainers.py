@@ -121,7 +121,17 @@ def check_same_tokenizer(path, tokenizer, config):
         raise InputError(f"reference={path} has another tokenizer than the model: choose one with the same")
 
 
-def fingerprint(model):
+def fingerprint_examples(examples):
+    """sha256 over the token ids and columns of examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(str(sorted(example.columns.items())).encode())
+        for ids in (example.prompt, *example.responses):
+            digest.update(len(ids).to_bytes(8, "big") + ids.tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_weights(model):
     """sha256 over the model's weights: names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -201,7 +211,8 @@ class Trainer:
         self.objective = OBJECTIVES[config.loss]
         self.policy = policy.train()
         self.reference = reference and reference.eval().requires_grad_(False)
-        self.reference_fingerprint = reference and fingerprint(reference)
+        self.fingerprints = {"reference": reference and fingerprint_weights(reference),
+                             "data": fingerprint_examples(train_examples)}
         self.tokenizer, self.end_ids = tokenizer, end_ids
         self.train_examples = train_examples
         self.eval_examples = held_out[:config.num_eval_examples]
@@ -218,6 +229,7 @@ class Trainer:
         self.throughput = collections.Counter()  # since the last logged step
         self.wandb = None
         self.reference_samples = None
+        self.evaluated_steps = set()
         self.restore(checkpoint)
 
     @property
@@ -368,7 +380,7 @@ class Trainer:
         return self.objective.loss(*logps, **columns, **self.loss_options)
 
     def response_logps(self, model, batch):
-        """Summed log-probabilities (K, B) of a Batch's responses in nats, float32 (float64 models: float64)."""
+        """Summed log-probabilities (K, B) of a Batch's responses, in float32 (float64 models: float64)."""
         with self.autocast():
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
                            logits_to_keep=batch.predicts).logits  # (N, V), N response tokens in all rows
@@ -393,8 +405,8 @@ class Trainer:
         what = "the examples whose loss is not finite" if bad else "each example's loss is finite; the batch"
         bad = bad or [example.where for batch in batches for example in batch]
         numbers = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-        return (f"step {self.step + 1}: {numbers}; {what}: {', '.join(bad)}. The weights were not touched; the last checkpoint is that of step "
-                f"{self.saved_step}. A lower lr or a longer warmup may help.")
+        return (f"step {self.step + 1}: {numbers}; {what}: {', '.join(bad)}. The weights were not touched; "
+                f"the last checkpoint is that of step {self.saved_step}. A lower lr may help.")
 
     # ------------------------------------------------------------ evaluation and samples
 
@@ -529,6 +541,14 @@ class Trainer:
             prefix = "eval/" if split == "eval" else ""
             self.wandb.log({"step": self.step, **{prefix + name: value for name, value in metrics.items()}})
 
+    def records(self):
+        """The lines of metrics.jsonl."""
+        path = os.path.join(self.config.run_dir, "metrics.jsonl")
+        if not os.path.exists(path):
+            return []
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
     def write(self, name, records):
         with open(os.path.join(self.config.run_dir, name), "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -563,8 +583,7 @@ class Trainer:
             torch.save({"optimizer": self.optimizer.state_dict(), "rng": rng},
                        os.path.join(folder, "trainer_state", "state.pt"))
             with open(os.path.join(folder, "trainer_state", "state.json"), "w") as file:
-                json.dump({"step": self.step, "examples": self.examples,
-                           "reference": self.reference_fingerprint}, file)
+                json.dump({"step": self.step, "examples": self.examples, **self.fingerprints}, file)
         point_latest(run_dir, name)
         self.saved_step = self.step
         if self.config.keep_checkpoints is not None:
@@ -574,14 +593,13 @@ class Trainer:
                 shutil.rmtree(discarded)
 
     def restore(self, checkpoint):
-        """Takes up a checkpoint's optimizer, counters and random state; cuts the records back to its step."""
-        for leftover in glob.glob(os.path.join(self.config.run_dir, ".*.partial")):
-            shutil.rmtree(leftover)
+        """Takes up a checkpoint's optimizer, counters and random state."""
         if checkpoint:
             counters = read_counters(checkpoint)
-            if counters["reference"] != self.reference_fingerprint:
-                raise InputError("the reference's weights are not those that this run began with: put back "
-                                 f"{self.config.reference or self.config.model}, or start a new run")
+            for what in ("reference", "data"):
+                if counters[what] != self.fingerprints[what]:
+                    raise InputError(f"the {what} is not what this run began with, its content differs: put "
+                                     "it back, or start a new run")
             state = torch.load(os.path.join(checkpoint, "trainer_state", "state.pt"), map_location="cpu")
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"]["cpu"])
@@ -589,8 +607,13 @@ class Trainer:
                 torch.cuda.set_rng_state_all(state["rng"]["cuda"])
             self.step = self.saved_step = counters["step"]
             self.examples = counters["examples"]
+
+    def restore_records(self):
+        """Cuts metrics.jsonl and samples.jsonl back to this step; clears what an interrupted save left."""
+        for leftover in glob.glob(os.path.join(self.config.run_dir, ".*.partial")):
+            shutil.rmtree(leftover)
         kept = cut_back(os.path.join(self.config.run_dir, "metrics.jsonl"),
-                        lambda line: checkpoint and line["step"] <= self.step)
+                        lambda line: self.saved_step is not None and line["step"] <= self.step)
         self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
         cut_back(os.path.join(self.config.run_dir, "samples.jsonl"),
                  lambda line: line["step"] in self.evaluated_steps)

@@ -1,0 +1,640 @@
+"""The step against an obvious float64 implementation, splits, evaluation, sampling, saving, stopping, resuming."""
+
+import copy
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, losses_of, read_lines, write_lines
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import train
+import trainers
+from data import Example, InputError, collate
+from losses import OBJECTIVES
+
+UNREPEATABLE = ("split", "time", "examples_per_second", "tokens_per_second")
+
+
+def make_trainer(*arguments):
+    return train.build_trainer(train.load_config([*TINY_RUN, *arguments])[0])
+
+
+# ---------------------------------------------------------------- the step, against the simplest version
+
+
+def obvious_logp(model, example, response):
+    """log pi of one response: its own row, full logits, log_softmax, gather."""
+    ids = torch.tensor([[*example.prompt, *response]])
+    logps = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0]
+    start = len(example.prompt)
+    return sum(logps[at - 1, ids[0, at]] for at in range(start, ids.shape[1]))
+
+
+def obvious_losses(name, model, reference, example):
+    """The per-example loss with the formulas written out, and the example's share of the denominator."""
+    w = obvious_logp(model, example, example.responses[0])
+    if name == "sft":
+        return -w, len(example.responses[0])
+    l = obvious_logp(model, example, example.responses[1])
+    with torch.no_grad():
+        reference_w, reference_l = (obvious_logp(reference, example, r) for r in example.responses)
+    h = (w - reference_w) - (l - reference_l)
+    if name == "dpo":
+        return torch.log(1 + torch.exp(-0.5 * h)), 1
+    if name == "ipo":
+        return (h - 1) ** 2, 1
+    p = 1 / (1 + math.exp(-(example.columns["chosen_reward"] - example.columns["rejected_reward"])))
+    q = 1 / (1 + torch.exp(-0.5 * h))
+    return p * (math.log(p) - torch.log(q)) + (1 - p) * (math.log(1 - p) - torch.log(1 - q)), 1
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "ipo", "rpo"])
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-5)])
+def test_trajectory_matches_the_obvious_implementation(name, dtype, tolerance, sft_run):
+    """Five steps: losses, every gradient, clipping, warmup and RMSprop, against float64."""
+    block = [] if name == "sft" else [f"{name}.beta=0.5"]
+    trainer = make_trainer(f"loss={name}", *block, f"dtype={dtype}", f"compute_dtype={dtype}", "max_steps=5",
+                           "max_grad_norm=0.5", "lr=1e-5", "warmup_steps=2", "lr_schedule=constant",
+                           "max_tokens_per_microbatch=100", f"model={sft_run}/LATEST")
+    model = copy.deepcopy(trainer.policy).double()
+    reference = copy.deepcopy(model)
+    squares = [torch.zeros_like(p) for p in model.parameters()]
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()
+    for step in range(5):
+        batch = [trainer.train_examples[i] for i in order[4 * step:4 * step + 4]]
+        losses, weights = zip(*(obvious_losses(name, model, reference, example) for example in batch))
+        loss = sum(losses) / sum(weights)
+        model.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1, 0.5 / (norm + 1e-6))  # torch's clip_grad_norm_ adds 1e-6
+
+        metrics = trainer.train_step()
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=tolerance, rel=tolerance)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=max(tolerance, 1e-9))
+        for p, ours in zip(model.parameters(), trainer.policy.parameters()):
+            difference = (ours.grad.double() - p.grad).abs().max()
+            assert difference <= tolerance * p.grad.abs().max() * (1 if dtype == "float64" else 10)
+
+        rate = 1e-5 * min(1, (step + 1) / 3)
+        assert metrics["lr"] == rate
+        with torch.no_grad():
+            for p, square in zip(model.parameters(), squares):
+                square.mul_(0.99).add_(0.01 * p.grad.square())
+                p -= rate * p.grad / (square.sqrt() + 1e-8)
+    if dtype == "float64":
+        for p, ours in zip(model.parameters(), trainer.policy.parameters()):
+            assert torch.allclose(p, ours, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [
+    ["loss=sft"], ["loss=sft", "sft.average=examples"], ["loss=dpo", "dpo.sft_weight=0.1"], ["loss=ipo"],
+    ["loss=ipo", "ipo.average_logps=true"], ["loss=rpo"]], ids=" ".join)
+def test_a_step_is_the_same_however_it_is_split(settings, run):
+    curves = {}
+    splits = [(1, 10**6), (2, 10**6), (8, 10**6), (1, 200), (2, 97), (1, 1)]
+    for i, (parts, budget) in enumerate(splits):
+        folder = run(*settings, *TINY_RUN, "max_steps=5", "batch_size=16", "eval_every=0", "lr=1e-5",
+                     f"gradient_accumulation_steps={parts}", f"max_tokens_per_microbatch={budget}", f"run_dir=run{i}")
+        lines = read_lines(f"{folder}/metrics.jsonl")
+        curves[parts, budget] = [{k: v for k, v in line.items() if k not in UNREPEATABLE} for line in lines]
+    for curve in curves.values():
+        for line, expected in zip(curve, curves[splits[0]], strict=True):
+            assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_sft_averages_tokens_or_examples():
+    by_tokens, by_examples = make_trainer("loss=sft"), make_trainer("loss=sft", "sft.average=examples")
+    examples = by_tokens.train_examples[:4]
+    logps = [obvious_logp(by_tokens.policy, example, example.responses[0]).item() for example in examples]
+    for trainer, count in ((by_tokens, sum(len(e.responses[0]) for e in examples)), (by_examples, 4)):
+        means = trainer.accumulate([examples], trainer.denominator(examples))
+        assert means["loss"].item() == pytest.approx(-sum(logps) / count, rel=1e-5)
+
+
+def test_bfloat16_computes_on_float32_weights():
+    trainer, exact = make_trainer("loss=dpo", "compute_dtype=bfloat16"), make_trainer("loss=dpo")
+    assert all(p.dtype == torch.float32 for p in trainer.policy.parameters())
+    batch = collate(trainer.train_examples[:8])
+    logps, expected = (t.response_logps(t.policy, batch) for t in (trainer, exact))
+    assert logps.dtype == torch.float32
+    assert 1e-4 < (logps - expected).abs().max() < 1.0  # really bfloat16, and not far off
+    assert trainer.train_step()["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_activation_checkpointing_changes_nothing():
+    plain, checkpointed = make_trainer("loss=dpo"), make_trainer("loss=dpo", "activation_checkpointing=true")
+    assert checkpointed.policy.is_gradient_checkpointing and not plain.policy.is_gradient_checkpointing
+    assert plain.train_step()["grad_norm"] == pytest.approx(checkpointed.train_step()["grad_norm"], rel=1e-6)
+
+
+def test_a_tiny_model_learns(run):
+    losses = losses_of(run("max_steps=60", "eval_every=0", "num_eval_examples=1"))
+    assert losses[0] == pytest.approx(math.log(479), abs=0.3)  # about uniform over the vocabulary
+    assert losses[-1] < 1.0
+
+
+def test_the_number_of_steps_and_the_last_batch(run):
+    rows = [{"prompt": "p", "response": f"r {i}"} for i in range(10)]
+    write_lines("r.jsonl", rows)
+    for epochs, batch_size, examples in ((1, 4, [4, 8, 10]), (2, 4, [4, 8, 12, 16, 20]), (0.5, 4, [4, 5]),
+                                         (1, 100, [10]), (0.3, 1, [1, 2, 3])):
+        folder = run("data=r.jsonl", f"num_epochs={epochs}", f"batch_size={batch_size}",
+                     f"exp_name=e{epochs}b{batch_size}")
+        assert [line["examples"] for line in read_lines(f"{folder}/metrics.jsonl")] == examples
+
+
+# ---------------------------------------------------------------- optimizer and schedule
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    # lr 1, 2 warmup steps, 6 in all: (t + 1) / 3 until t = 2, then over the 4 steps left
+    ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+    ("linear", [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]),
+    ("cosine", [1 / 3, 2 / 3, 1, 0.5 + 2 ** 0.5 / 4, 0.5, 0.5 - 2 ** 0.5 / 4]),
+])
+def test_schedules_by_hand(schedule, expected):
+    config = train.types.SimpleNamespace(lr=1.0, warmup_steps=2, lr_schedule=schedule)
+    assert [trainers.learning_rate(t, 6, config) for t in range(6)] == pytest.approx(expected)
+
+
+def test_warmup_longer_than_the_run():
+    config = train.types.SimpleNamespace(lr=1.0, warmup_steps=9, lr_schedule="linear")
+    assert [trainers.learning_rate(t, 3, config) for t in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Adam", "AdamW", "SGD"])
+def test_optimizers_step_as_torch_does(name):
+    arguments = {"RMSprop": ["optimizer_args.alpha=0.5"], "SGD": ["optimizer_args={momentum: 0.9}"]}.get(name, [])
+    trainer = make_trainer(f"optimizer={name}", *arguments, "lr=1e-3", "warmup_steps=0", "lr_schedule=constant")
+    other = copy.deepcopy(trainer.policy)
+    options = {"RMSprop": {"alpha": 0.5}, "SGD": {"momentum": 0.9}}.get(name, {})
+    optimizer = getattr(torch.optim, name)(other.parameters(), lr=1e-3, **options)
+    for _ in range(3):
+        trainer.train_step()
+        for p, ours in zip(other.parameters(), trainer.policy.parameters()):
+            p.grad = ours.grad.clone()
+        optimizer.step()
+    assert all(torch.equal(p, ours) for p, ours in zip(other.parameters(), trainer.policy.parameters()))
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_every_offered_optimizer_can_be_made():
+    names = trainers.optimizer_names()
+    assert {"RMSprop", "Adam", "AdamW", "SGD", "Adafactor"} <= set(names)
+    assert not {"LBFGS", "SparseAdam", "Optimizer"} & set(names)
+    for name in names:
+        config = train.types.SimpleNamespace(optimizer=name, optimizer_args={}, lr=1e-3)
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        optimizer = trainers.make_optimizer([weight], config)
+        weight.grad = torch.ones(2, 2)
+        optimizer.step()
+        assert (weight < 1).all()
+
+
+def test_intervals():
+    assert [trainers.as_steps(x, 100, 8) for x in (0, 1, 7, 0.5, 0.001)] == [0, 1, 7, 6, 1]
+
+
+# ---------------------------------------------------------------- evaluation and samples
+
+
+def test_evaluation_changes_nothing(run):
+    quiet = run(*TINY_RUN, "loss=dpo", "max_steps=4", "eval_every=0", "run_dir=a")
+    busy = run(*TINY_RUN, "loss=dpo", "max_steps=4", "eval_every=1", "run_dir=b")
+    assert losses_of(quiet) == losses_of(busy)
+    for name, weight in load_file(f"{quiet}/LATEST/model.safetensors").items():
+        assert torch.equal(weight, load_file(f"{busy}/LATEST/model.safetensors")[name])
+    states = [torch.load(f"{folder}/LATEST/trainer_state/state.pt")["rng"]["cpu"] for folder in (quiet, busy)]
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("count, batch", [(7, 3), (1, 256), (5, 5)])
+def test_every_held_out_example_counts_once(count, batch):
+    trainer = make_trainer("loss=dpo", f"num_eval_examples={count}", f"eval_batch_size={batch}", "lr=0.01")
+    trainer.train_step()
+    trainer.evaluate()
+    line = read_lines(f"{trainer.config.run_dir}/metrics.jsonl")[-1]
+    values = [trainer.losses([example]) for example in trainer.eval_examples]
+    assert len(values) == count
+    assert line["loss"] == pytest.approx(sum(loss.item() for loss, _ in values) / count, rel=1e-5)
+    for name in ("rewards/chosen", "rewards/accuracies", "logps/rejected"):
+        assert line[name] == pytest.approx(sum(m[name].item() for _, m in values) / count, rel=1e-4, abs=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def run_folder(inside):
+    """Trainers made here without main write into runs/<loss>, which main would have made."""
+    for name in OBJECTIVES:
+        os.makedirs(f"runs/{name}")
+
+
+def test_evaluation_at_step_0_has_reward_exactly_0():
+    trainer = make_trainer("loss=dpo", "num_eval_examples=50", "max_tokens_per_microbatch=500")
+    means = trainer.accumulate(trainers.microbatches(trainer.eval_examples, 1, 500), 50)
+    assert means["rewards/chosen"].item() == means["rewards/margins"].item() == 0.0
+    assert means["loss"].item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_samples_do_not_depend_on_batching():
+    trainer = make_trainer("eval_batch_size=64", "sample_max_tokens=12")
+    examples = trainer.sample_examples[:40]
+    together = trainer.generate(trainer.policy, examples)
+    trainer.config.eval_batch_size = 3
+    assert trainer.generate(trainer.policy, examples) == together
+    assert trainer.generate(trainer.policy, examples[:5]) == together[:5]
+    assert len(set(map(tuple, together))) > 30  # and differ from prompt to prompt
+
+
+def test_samples_come_from_the_policys_distribution():
+    """The first sampled token's frequencies against the softmax, by a chi-square-like bound."""
+    trainer = make_trainer("sample_max_tokens=1", "eval_batch_size=4000")
+    for parameter in trainer.policy.lm_head.parameters():
+        torch.manual_seed(0)
+        parameter.data = torch.randn_like(parameter) / 4  # far from uniform
+    prompt = trainer.sample_examples[0]
+    drawn = [ids[0] for ids in trainer.generate(trainer.policy, [prompt] * 4000)]
+    with torch.no_grad():
+        logits = trainer.policy(input_ids=torch.tensor([[*prompt.prompt]])).logits[0, -1]
+    expected = logits.softmax(-1)
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(expected)) / 4000
+    fair = torch.bincount(torch.multinomial(expected, 4000, replacement=True), minlength=len(expected)) / 4000
+    distance, fair_distance = ((x - expected).abs().sum().item() / 2 for x in (counts, fair))
+    assert distance < 1.3 * fair_distance
+    uniform = (expected - 1 / len(expected)).abs().sum().item() / 2
+    assert fair_distance < uniform / 2  # the bound tells this distribution from another
+
+
+def test_greedy_temperature_and_top_p():
+    trainer = make_trainer("sample_max_tokens=5", "sample_temperature=0")
+    example = trainer.sample_examples[0]
+    ids = torch.tensor([[*example.prompt]])
+    greedy = trainer.policy.generate(ids, do_sample=False, max_new_tokens=5)[0, ids.shape[1]:].tolist()
+    assert trainer.generate(trainer.policy, [example])[0] == greedy
+    trainer.config.sample_temperature, trainer.config.sample_top_p = 1.0, 1e-6  # only the likeliest is left
+    assert trainer.generate(trainer.policy, [example])[0] == greedy
+    trainer.config.sample_top_p = 1.0
+    assert trainer.generate(trainer.policy, [example])[0] != greedy
+
+
+def test_samples_stay_within_the_models_positions():
+    trainer = make_trainer("sample_max_tokens=50", "num_samples=3")
+    trainer.policy.config.max_position_embeddings = 20
+    examples = [Example("x", np.arange(2, 2 + n), (np.array([0]),), {}) for n in (5, 12, 19)]
+    trainer.end_ids = [-1]  # never ends
+    assert [len(ids) for ids in trainer.generate(trainer.policy, examples)] == [15, 8, 1]
+
+
+def test_sampling_leaves_the_models_own_generation_config_aside():
+    trainer = make_trainer("sample_max_tokens=8", "sample_temperature=0")
+    plain = trainer.generate(trainer.policy, trainer.sample_examples[:4])
+    trainer.policy.generation_config.repetition_penalty = 5.0
+    trainer.policy.generation_config.min_new_tokens = 4
+    assert trainer.generate(trainer.policy, trainer.sample_examples[:4]) == plain
+    assert trainer.policy.generation_config.repetition_penalty == 5.0
+
+
+def test_sample_metrics_by_hand():
+    trainer = make_trainer("loss=dpo")
+    trainer.dataset = train.DATASETS["toy"]
+    records = [{"prompt": "p", "reward": r, "well_formed": 1.0, "reference_reward": q}
+               for r, q in ((4.0, 0.0), (2.0, 2.0), (0.0, 2.0), (-2.0, -4.0))]
+    metrics = trainer.score_metrics(records, kl=1.0)
+    assert metrics["samples/reward"] == 1.0 and metrics["samples/well_formed"] == 1.0
+    assert metrics["samples/win_rate"] == (1 + 0.5 + 0 + 1) / 4
+    assert metrics["samples/efficiency"] == pytest.approx(1.0 / metrics["samples/optimal_reward"])
+    assert trainer.score_metrics(records, kl=0.001)["samples/efficiency"] is None
+    assert "samples/efficiency" not in trainer.score_metrics(records, kl=None)
+
+
+def test_sample_kl_is_the_mean_log_ratio():
+    trainer = make_trainer("loss=dpo", "lr=0.05", "warmup_steps=0", "sample_max_tokens=6", "num_samples=0")
+    samples = trainer.generate(trainer.policy, trainer.sample_examples)
+    assert trainer.sample_kl(samples) == 0.0
+    trainer.train_step()
+    trainer.sample_examples = trainer.sample_examples[:20]
+    with torch.no_grad():
+        ratios = [(obvious_logp(trainer.policy, e, ids) - obvious_logp(trainer.reference, e, ids)).item()
+                  for e, ids in zip(trainer.sample_examples, samples)]
+    assert abs(sum(ratios)) > 1e-2
+    assert trainer.sample_kl(samples) == pytest.approx(max(0.0, sum(ratios) / 20), rel=1e-4, abs=1e-5)
+
+
+def test_what_is_written(run):
+    folder = run(*TINY_RUN, "loss=dpo", "max_steps=4", "eval_every=2", "dpo.sft_weight=0.1", "log_every=2",
+                 "lr=0.05", "warmup_steps=0")
+    lines = read_lines(f"{folder}/metrics.jsonl")
+    assert [(line["split"], line["step"], line["examples"]) for line in lines] == [
+        ("eval", 0, 0), ("train", 2, 8), ("eval", 2, 8), ("train", 4, 16), ("eval", 4, 16)]
+    shared = {"step", "examples", "split", "time", "loss", "rewards/chosen", "rewards/rejected",
+              "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "sft_loss",
+              "preference_loss", "epoch"}
+    assert set(lines[1]) == shared | {"grad_norm", "lr", "examples_per_second", "tokens_per_second"}
+    assert {"samples/reward", "samples/kl", "samples/length", "samples/win_rate", "samples/well_formed",
+            "samples/optimal_reward", "samples/efficiency"} | shared <= set(lines[2])
+    samples = read_lines(f"{folder}/samples.jsonl")
+    assert [line["step"] for line in samples] == [0, 0, 2, 2, 4, 4]
+    assert {"prompt", "policy", "reference", "chosen", "reward", "well_formed"} <= set(samples[0])
+    assert samples[0]["prompt"].startswith("Review of The ") and samples[0]["chosen"].startswith(" The ")
+    assert samples[0]["policy"] == samples[0]["reference"] and samples[4]["policy"] != samples[4]["reference"]
+
+
+def test_sft_has_no_reference_metrics(run):
+    lines = read_lines(run(*TINY_RUN) + "/metrics.jsonl")
+    assert not {"samples/kl", "samples/optimal_reward", "samples/efficiency"} & set(lines[-1])
+    assert "samples/reward" in lines[-1]
+
+
+# ---------------------------------------------------------------- checkpoints and models
+
+
+def test_a_checkpoint_is_a_whole_hugging_face_folder(run, sft_run):
+    model = AutoModelForCausalLM.from_pretrained(f"{sft_run}/LATEST")
+    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    ids = tokenizer("Review of The Silent Garden:", return_tensors="pt")
+    assert " The " in tokenizer.decode(model.generate(**ids, max_new_tokens=20, do_sample=False)[0])
+    trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST")
+    assert all(torch.equal(a, b) for a, b in zip(trainer.policy.parameters(), model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(trainer.reference.parameters(), model.parameters()))
+    assert trainer.policy is not trainer.reference
+
+
+def test_reference_given_by_name(run, sft_run):
+    trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST", f"reference={sft_run}/LATEST", "seed=3")
+    assert all(torch.equal(a, b) for a, b in zip(trainer.policy.parameters(), trainer.reference.parameters()))
+
+
+def test_keep_checkpoints(run):
+    folder = run(*TINY_RUN, "max_steps=5", "save_every=1", "keep_checkpoints=2", "eval_every=0")
+    assert sorted(name for name in os.listdir(folder) if "step" in name) == ["step-000004", "step-000005"]
+    assert os.readlink(f"{folder}/LATEST") == "step-000005"
+
+
+def test_dropout_is_set_to_0(run, capsys):
+    rows = [{"prompt": "p", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(8)]
+    write_lines("rows.jsonl", rows)
+    base = run("data=rows.jsonl", "max_steps=1", "exp_name=base")
+    tokenizer = AutoTokenizer.from_pretrained(f"{base}/LATEST")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                 num_attention_heads=2, attention_dropout=0.5)).save_pretrained("dropping")
+    tokenizer.save_pretrained("dropping")
+    trainer = make_trainer("loss=dpo", "data=rows.jsonl", "model=dropping")
+    assert "attention_dropout was 0.5, set to 0" in capsys.readouterr().out
+    assert trainer.train_step()["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.policy.training
+
+
+def test_weights_that_are_missing_are_refused(sft_run, refused):
+    import shutil
+    from safetensors.torch import save_file
+    shutil.copytree(f"{sft_run}/LATEST", "part")
+    weights = load_file("part/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, "part/model.safetensors", metadata={"format": "pt"})
+    assert "1 weights are missing or of another shape" in refused("model=part")
+    open("part/model.safetensors", "r+b").truncate(1000)
+    assert "model" in refused("model=part") and "cannot be loaded" in refused("model=part")
+
+
+def test_a_reference_with_another_tokenizer_is_refused(sft_run, run, refused):
+    write_lines("rows.jsonl", [{"prompt": "p", "response": "other words"}] * 3)
+    other = run("data=rows.jsonl", "max_steps=1", "exp_name=other")
+    message = refused("loss=dpo", f"model={sft_run}/LATEST", f"reference={other}/LATEST")
+    assert "has another tokenizer" in message
+
+
+# ---------------------------------------------------------------- stopping and resuming
+
+
+def start(*arguments):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *arguments], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def num_lines(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for(condition, process=None, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and (process is None or process.poll() is None), process.stdout.read()
+        time.sleep(0.005)
+
+
+def same_weights(a, b):
+    first, second = (load_file(f"{folder}/LATEST/model.safetensors") for folder in (a, b))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def numbers(folder):
+    return [{k: v for k, v in line.items() if k not in UNREPEATABLE} for line in read_lines(f"{folder}/metrics.jsonl")]
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_killed_at_ten_random_moments(loss, tmp_path):
+    """kill -9, each followed by resume=true: the weights and records of a run that was left alone."""
+    settings = [*TINY_RUN, f"loss={loss}", "save_every=5", "max_steps=500", "num_epochs=9", "eval_every=150"]
+    undisturbed = start(*settings, "run_dir=undisturbed")
+    rng = random.Random(loss)
+    arguments = [*settings, "run_dir=killed"]
+    for kill in range(10):
+        process = start(*arguments)
+        lines = num_lines("killed/metrics.jsonl")
+        if kill == 0:
+            wait_for(lambda: os.path.lexists("killed/LATEST"), process)
+        else:  # the records were cut back and have grown again: it is training
+            wait_for(lambda: num_lines("killed/metrics.jsonl") != lines, process)
+        time.sleep(rng.uniform(0, 0.4))
+        assert process.poll() is None, process.stdout.read()
+        process.kill()
+        process.wait()
+        trainers.read_counters(os.path.realpath("killed/LATEST"))
+        AutoModelForCausalLM.from_pretrained("killed/LATEST")
+        arguments = ["resume=true", "run_dir=killed"]
+    last = start(*arguments)
+    assert last.wait(300) == 0, last.stdout.read()
+    assert undisturbed.wait(300) == 0
+    assert same_weights("killed", "undisturbed")
+    assert numbers("killed") == numbers("undisturbed")
+    assert read_lines("killed/samples.jsonl") == read_lines("undisturbed/samples.jsonl")
+    assert [name for name in os.listdir("killed") if name.endswith(".partial")] == []
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_resuming_matches_not_stopping(loss, run):
+    settings = [f"loss={loss}", *TINY_RUN, "lr_schedule=constant", "save_every=2", "eval_every=3"]
+    whole = run(*settings, "max_steps=7", "run_dir=whole")
+    run(*settings, "max_steps=4", "run_dir=part")
+    part = run("resume=true", "max_steps=7", "run_dir=part", "eval_every=3")
+    assert same_weights(whole, part)
+    trains = [[line for line in numbers(folder) if "lr" in line] for folder in (whole, part)]
+    assert trains[0] == trains[1] and len(trains[0]) == 7
+
+
+def test_resuming_a_partial_last_batch_skips_nothing(run):
+    write_lines("r.jsonl", [{"prompt": "p", "response": f"r {i}"} for i in range(10)])
+    settings = ["data=r.jsonl", "batch_size=4", "lr_schedule=constant"]
+    folder = run(*settings)
+    run("resume=true", "exp_name=sft", "num_epochs=2.5")
+    assert [line["examples"] for line in read_lines(f"{folder}/metrics.jsonl")] == [4, 8, 12, 15, 19, 23, 25]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave(number, status, run):
+    process = start(*TINY_RUN, "max_steps=2000", "num_epochs=99", "eval_every=0", "run_dir=r", "lr_schedule=constant")
+    wait_for(lambda: num_lines("r/metrics.jsonl") > 3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output
+    assert f"Stopped by {number.name} after step" in output and "resume=true run_dir=r" in output
+    step = int(os.readlink("r/LATEST").split("-")[1])
+    assert read_lines("r/metrics.jsonl")[-1]["step"] == step
+    run("resume=true", "run_dir=r", f"max_steps={step + 1}")
+    assert os.readlink("r/LATEST") == f"step-{step + 1:06d}"
+
+
+def test_a_signal_stops_an_evaluation_which_is_made_up_for(run):
+    process = start(*TINY_RUN, "max_steps=5", "eval_batch_size=1", "run_dir=r")
+    wait_for(lambda: os.path.exists("r/config.yaml"), process)
+    time.sleep(1)  # in the first evaluation: 1,024 prompts, one at a time
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and num_lines("r/metrics.jsonl") == 0, output
+    run("resume=true", "run_dir=r", "eval_batch_size=256")
+    assert [(line["split"], line["step"]) for line in read_lines("r/metrics.jsonl")][:2] == [("eval", 0), ("train", 1)]
+
+
+def test_max_hours(run, capsys):
+    folder = run(*TINY_RUN, "max_hours=1e-9")
+    assert "Stopped by max_hours after step 0 of 3; all is saved." in capsys.readouterr().out
+    run("resume=true", f"run_dir={folder}", "max_hours=null")
+    assert os.readlink(f"{folder}/LATEST") == "step-000003"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(run, monkeypatch):
+    trainer = make_trainer()
+    bad = trainer.train_examples[trainers.stream(400, 0, 4, seed=0, shuffle=True)[2]]
+    before = [p.clone() for p in trainer.policy.parameters()]
+    inner = trainer.losses
+
+    def losses(examples):
+        values, metrics = inner(examples)
+        return values * torch.tensor([math.nan if e is bad else 1.0 for e in examples]), metrics
+
+    monkeypatch.setattr(trainer, "losses", losses)
+    with pytest.raises(FloatingPointError, match=f"step 1: loss nan.*is not finite: {bad.where}\\. The weights"):
+        trainer.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters()))
+    assert trainer.step == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
+    trainer = make_trainer()
+    next(trainer.policy.parameters()).register_hook(lambda grad: grad * math.inf)
+    before = [p.clone() for p in trainer.policy.parameters()]
+    with pytest.raises(FloatingPointError, match="gradient norm (nan|inf); each example's loss is finite"):
+        trainer.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters()))
+
+
+def test_what_a_resumed_run_may_not_change(run, sft_run, refused):
+    folder = run(*TINY_RUN, "loss=dpo", f"model={sft_run}/LATEST", "lr_schedule=linear")
+    for given, old in (("lr=0.5", "lr was 0.002"), ("dpo.beta=0.2", "dpo.beta was 0.1"), ("loss=ipo", "loss was dpo"),
+                       ("batch_size=8", "batch_size was 4"), ("max_steps=9", "max_steps was 3"), ("seed=1", "seed was 0")):
+        message = refused("resume=true", f"run_dir={folder}", given)
+        assert old in message and "cannot become" in message
+    run("resume=true", f"run_dir={folder}", "lr=0.002", "save_every=7", "eval_batch_size=8", "log_every=3")
+
+
+def test_changed_data_or_reference_are_refused(run, sft_run, refused):
+    import shutil
+    shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), "base")
+    rows = write_lines("r.jsonl", [{"prompt": "p", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(6)])
+    folder = run("loss=dpo", "model=base", "data=r.jsonl", "batch_size=2", "max_steps=2", "lr_schedule=constant")
+    resume = ["resume=true", f"run_dir={folder}", "max_steps=3"]
+    write_lines("r.jsonl", [{"prompt": "p", "chosen": f"a {i}", "rejected": f"c {i}"} for i in range(6)])
+    assert "the data is not what this run began with" in refused(*resume)
+    write_lines("r.jsonl", [{"prompt": "p", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(6)])
+    from safetensors.torch import save_file
+    weights = load_file("base/model.safetensors")
+    save_file({name: w + (name == "lm_head.weight") for name, w in weights.items()}, "base/model.safetensors",
+              metadata={"format": "pt"})
+    assert "the reference is not what this run began with" in refused(*resume)
+    save_file(weights, "base/model.safetensors", metadata={"format": "pt"})
+    run(*resume)
+    assert rows
+
+
+def test_resume_needs_a_whole_checkpoint(run, refused):
+    assert "has no complete checkpoint to resume" in refused("resume=true", "exp_name=nothing")
+    folder = run(*TINY_RUN, "resume=auto", "exp_name=new")
+    os.remove(f"{folder}/LATEST/trainer_state/state.pt")
+    assert "is incomplete, it lacks trainer_state/state.pt" in refused("resume=auto", "exp_name=new")
+
+
+def test_resume_auto_starts_over_where_nothing_was_saved(run):
+    os.makedirs("runs/new")
+    write_lines("runs/new/metrics.jsonl", [{"step": 1, "split": "train", "loss": 7.0}])
+    open("runs/new/config.yaml", "w").write("loss: sft\n")
+    folder = run(*TINY_RUN, "resume=auto", "exp_name=new", "eval_every=0")
+    assert [line["step"] for line in read_lines(f"{folder}/metrics.jsonl")] == [1, 2, 3]
+    assert losses_of(folder)[0] != 7.0
+
+
+def test_a_finished_run_says_so(run, capsys):
+    folder = run(*TINY_RUN, "loss=dpo")
+    before = open(f"{folder}/metrics.jsonl").read()
+    run("resume=true", "loss=dpo")
+    assert "This run is finished: its last step, 3, is in" in capsys.readouterr().out
+    assert open(f"{folder}/metrics.jsonl").read() == before
+
+
+def test_two_processes_cannot_write_one_run(refused):
+    import fcntl
+    os.makedirs("runs/busy")
+    with open("runs/busy/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is in use by another process" in refused("exp_name=busy", *TINY_RUN)
+
+
+def test_latest_moves_only_to_a_whole_folder(monkeypatch):
+    trainer = make_trainer("save_every=1", "eval_every=0")
+    trainer.save()
+    trainer.train_step()
+    monkeypatch.setattr(trainer.tokenizer, "save_pretrained", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save()
+    run_dir = trainer.config.run_dir
+    assert os.readlink(f"{run_dir}/LATEST") == "step-000000" and not os.path.exists(f"{run_dir}/step-000001")
+    assert AutoModelForCausalLM.from_pretrained(f"{run_dir}/LATEST")
+
+
+# ---------------------------------------------------------------- wandb
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_wandb(mode, run):
+    folder = run(*TINY_RUN, "loss=dpo", f"wandb={mode}", "eval_every=2")
+    assert os.path.isdir(f"{folder}/wandb") == (mode == "offline")
+
+
+def test_wandb_is_not_imported_when_disabled():
+    code = "import sys, train; train.main(['max_steps=1', 'eval_every=0']); assert 'wandb' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ROOT}, timeout=120)
