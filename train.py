@@ -400,12 +400,12 @@ def print_results(trainer):
         return
     latest = os.path.join(os.path.relpath(config.run_dir), "LATEST")
     print(f"\ncheckpoint  {latest} -> step-{trainer.saved_step:06d}")
-    if trainer.objective.needs_reference:
+    if trainer.objective.needs_pairs:
         prompt = trainer.tokenizer.decode(trainer.train_examples[0].prompt)
         code = f"print(pipeline('text-generation', {latest!r})({prompt!r})[0]['generated_text'])"
         print("next        python -c " + shlex.quote(f"from transformers import pipeline; {code}"))
     else:
-        following = next(name for name, objective in OBJECTIVES.items() if objective.needs_reference)
+        following = next(name for name, objective in OBJECTIVES.items() if objective.needs_pairs)
         print(f"next        python train.py loss={following} model={shlex.quote(latest)}")
 
 

@@ -37,10 +37,9 @@ def load_tokenizer(path, rows, config):
 
     Raises InputError where there is none, or none with the special tokens that the run needs.
     """
-    if path == "tiny":
-        return train_tokenizer(rows)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        tokenizer = train_tokenizer(rows) if path == "tiny" else AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code)
     except LOADING_ERRORS as error:
         raise InputError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -53,13 +52,12 @@ def load_tokenizer(path, rows, config):
 
 def load_model_config(path, config, tokenizer):
     """The model's own configuration with every dropout at 0, and what those were. Reads no weights."""
-    if path == "tiny":
-        return LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
-                           num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
-                           bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                           pad_token_id=tokenizer.pad_token_id), {}
     try:
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code) if path != "tiny" else LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=2048, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     except LOADING_ERRORS as error:
         raise InputError(f"no model can be loaded from {path}: {first_line(error)}") from error
     dropouts = {}

@@ -1,0 +1,352 @@
+"""The command line, the config, the table of bad inputs, every README command, and real input."""
+
+import glob
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import FEW_ROWS, ROOT, TINY_RUN, losses_of, read_lines, shared, write_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from losses import OBJECTIVES
+
+README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+
+
+def config_of(*arguments):
+    return train.load_config(list(arguments))[0]
+
+
+# ---------------------------------------------------------------- config
+
+
+def test_command_line_values():
+    config = config_of("loss=dpo", "lr=1e-5", "data=[a.jsonl,b.jsonl]", "dpo.beta=0.3", "optimizer_args.alpha=0.9",
+                       "optimizer_args.eps=1e-6", "reference=null", "max_grad_norm=null", "resume=auto", "exp_name=2024")
+    assert (config.lr, config.data, config.dpo["beta"]) == (1e-5, ["a.jsonl", "b.jsonl"], 0.3)
+    assert config.optimizer_args == {"alpha": 0.9, "eps": 1e-6}
+    assert config.reference is None and config.max_grad_norm is None and config.resume == "auto"
+    assert config.exp_name == "2024" and config.run_dir == os.path.abspath("runs/2024")
+    assert config_of("loss=ipo").exp_name == "ipo"
+
+
+def test_a_file_of_settings_and_the_command_line_over_it():
+    open("mine.yaml", "w").write("loss: ipo\nlr: 5e-7\nipo:\n  beta: 0.4\n")
+    config = config_of("--config", "mine.yaml", "lr=1e-6")
+    assert (config.loss, config.lr, config.ipo["beta"], config.ipo["average_logps"]) == ("ipo", 1e-6, 0.4, False)
+
+
+def test_every_key_has_a_rule_that_its_default_obeys():
+    defaults, rules = train.read_schema()
+    assert set(defaults) == set(rules)
+    text = open(os.path.join(ROOT, "config.yaml")).read()
+    for key, rule in rules.items():
+        assert f"# {rule}." in text, key
+        assert any(train.fits(defaults[key], alternative) for alternative in rule.split(" or ")), key
+
+
+def test_every_key_is_read():
+    code = "".join(open(os.path.join(ROOT, name)).read() for name in ("train.py", "trainers.py", "data.py"))
+    defaults, _ = train.read_schema()
+    for key in defaults:
+        block, _, name = key.rpartition(".")
+        if not block:
+            assert re.search(rf"config\.{key}\b|[\"(]{key}[\",]", code), key
+        elif name != "average":  # read by its name, see Trainer; the others by the loss's own signature
+            assert name in OBJECTIVES[block].loss.__kwdefaults__ or name in OBJECTIVES[block].loss.__code__.co_varnames
+
+
+def test_help_is_the_config_file():
+    output = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), "--help"], capture_output=True, text=True)
+    assert output.returncode == 0 and open(os.path.join(ROOT, "config.yaml")).read() in output.stdout
+
+
+@pytest.mark.parametrize("value, rule, allowed", [
+    (1, "int >= 1", True), (0, "int >= 1", False), (True, "int >= 0", False), (1.0, "int >= 0", False),
+    (0, "float > 0", False), (1, "float > 0", True), (math.inf, "float > 0", False), (math.nan, "float >= 0", False),
+    (0.5, "float in [0, 0.5)", False), (0, "float in [0, 0.5)", True), (1, "float in (0, 1]", True),
+    (0, "float in (0, 1]", False), ("auto", "false | true | auto", True), (True, "false | true | auto", True),
+    (1, "false | true | auto", False), ("x", "false | true | auto", False), (None, "null", True), ([], "list", False),
+    (["a"], "list", True), ([1], "list", False), ({}, "mapping", True), ("yes", "bool", False),
+])
+def test_rules(value, rule, allowed):
+    assert train.fits(value, rule) is allowed
+
+
+# ---------------------------------------------------------------- bad input: what is given, what is said
+
+BAD_INPUT = [
+    (["learning_rate=1"], "learning_rate is no key of config.yaml; the nearest is "),
+    (["btach_size=1"], "btach_size is no key of config.yaml; the nearest is batch_size"),
+    (["dpo.betta=1"], "dpo.betta is no key of config.yaml; the nearest is dpo.beta"),
+    (["dpo=3"], "dpo is no key of config.yaml"),
+    (["--lr=3"], "'--lr=3' is not understood"),
+    (["fast"], "'fast' is not understood"),
+    (["--config"], "'--config' is not understood"),
+    (["--config", "none.yaml"], "config file none.yaml cannot be read: No such file"),
+    (["lr=[1"], "'[1' is not a value"),
+    (["batch_size=0"], "batch_size=0 is not allowed: it must be int >= 1"),
+    (["batch_size=1.5"], "batch_size=1.5 is not allowed: it must be int >= 1"),
+    (["batch_size=four"], 'batch_size="four" is not allowed: it must be int >= 1'),
+    (["max_length=1"], "max_length=1 is not allowed"),
+    (["max_prompt_length=0"], "max_prompt_length=0 is not allowed"),
+    (["max_length=256"], "max_length=256 leaves no room for a response after max_prompt_length=256"),
+    (["lr=-1"], "lr=-1 is not allowed: it must be float >= 0"),
+    (["lr=.inf"], "lr=Infinity is not allowed"),
+    (["lr=.nan"], "lr=NaN is not allowed"),
+    (["lr=fast"], 'lr="fast" is not allowed'),
+    (["num_epochs=0"], "num_epochs=0 is not allowed: it must be float > 0"),
+    (["max_steps=-1"], "max_steps=-1 is not allowed: it must be int >= 0 or null"),
+    (["eval_every=1.5"], "eval_every=1.5 is not allowed: it must be whole steps, or below 1 a fraction"),
+    (["dpo.beta=0"], "dpo.beta=0 is not allowed: it must be float > 0"),
+    (["ipo.beta=-0.1"], "ipo.beta=-0.1 is not allowed: it must be float > 0"),
+    (["dpo.label_smoothing=0.5"], "dpo.label_smoothing=0.5 is not allowed: it must be float in [0, 0.5)"),
+    (["rpo.divergence=kl"], 'rpo.divergence="kl" is not allowed: it must be bwd_kl | fwd_kl | sq'),
+    (["truncation=middle"], 'truncation="middle" is not allowed: it must be keep_end | keep_start | drop'),
+    (["sft.average=words"], 'sft.average="words" is not allowed'),
+    (["compute_dtype=float64"], "compute_dtype=float64 does not go with dtype=float32"),
+    (["loss=dqo"], "loss=dqo is not one of sft, dpo, ipo, rpo; the nearest is dpo"),
+    (["optimizer=Adma"], "optimizer=Adma is not one of ASGD, Adadelta, Adafactor"),
+    (["optimizer=LBFGS"], "optimizer=LBFGS is not one of"),
+    (["optimizer_args.beta=1"], "optimizer_args.beta is no argument of RMSprop, which has alpha, eps"),
+    (["optimizer_args.lr=1"], "optimizer_args.lr is no argument of RMSprop"),
+    (["optimizer_args.alpha=-1"], "RMSprop with {'alpha': -1} is refused: Invalid alpha value: -1"),
+    (["data=toyy"], "'toyy' is no dataset (did you mean toy?)"),
+    (["data=none.jsonl"], "none.jsonl: there is no such file"),
+    (["data=bad.jsonl"], "bad.jsonl line 2 is not JSON"),
+    (["data=single.jsonl", "loss=dpo"], "single.jsonl line 1 has the columns prompt, response; this objective needs"),
+    (["data=typed.jsonl"], "typed.jsonl line 1: column response is 3; it must be text"),
+    (["data=pairs.jsonl", "loss=rpo"], "pairs.jsonl line 1: the objective needs a column chosen_reward"),
+    (["data=chat.jsonl"], "chat.jsonl line 1 is a list of messages, but the tokenizer has no chat template"),
+    (["data=empty.jsonl"], "data leaves no row to work with: 0 of 0 rows used"),
+    (["data=blank.jsonl"], "data leaves no row to work with: 0 of 1 rows used, 1 dropped, 0 cut to fit;   dropped 1: "
+                           "response is white space only (blank.jsonl line 1)"),
+    (["data=single.jsonl", "eval_data=blank.jsonl"], "eval_data leaves no row"),
+    (["model=none/there/LATEST"], "model=none/there/LATEST: there is no such folder"),
+    (["model=nobody/nothing"], "can be loaded from nobody/nothing"),
+    (["model=notes"], "can be loaded from"),
+    (["model=endless"], "has no end-of-sequence token"),
+    (["add_bos=true"], "add_bos=true, but the tokenizer of tiny has no begin-of-sequence token"),
+    (["max_length=4096"], "max_length=4096 is beyond the 2048 positions of tiny"),
+    (["attention=sdpaa"], "model tiny cannot be loaded"),
+    (["exp_name=taken"], "taken holds a run already: go on with it by resume=true"),
+    (["resume=true"], "has no complete checkpoint to resume"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_gets_one_sentence(arguments, said, refused, sft_run):
+    write_lines("single.jsonl", [{"prompt": "p", "response": "r"}])
+    write_lines("typed.jsonl", [{"prompt": "p", "response": 3}])
+    write_lines("pairs.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}])
+    write_lines("blank.jsonl", [{"prompt": "p", "response": " "}])
+    write_lines("chat.jsonl", [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}])
+    open("bad.jsonl", "w").write('{"prompt": "p", "response": "r"}\n{"prompt" "p"}\n')
+    open("empty.jsonl", "w").close()
+    os.makedirs("notes")
+    os.makedirs("runs/taken")
+    open("runs/taken/config.yaml", "w").write("loss: sft\n")
+    if arguments == ["model=endless"]:
+        shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), "endless")
+        settings = json.load(open("endless/tokenizer_config.json"))
+        json.dump({k: v for k, v in settings.items() if k != "eos_token"}, open("endless/tokenizer_config.json", "w"))
+        arguments = ["model=endless", f"data={FEW_ROWS}"]
+    before = {name: os.path.getmtime(name) for name in glob.glob("runs/**", recursive=True)}
+    message = refused(*arguments)
+    assert said in message
+    assert len(message) < 600 and (". " not in message or "attention" in message)  # which quotes transformers
+    assert {name: os.path.getmtime(name) for name in glob.glob("runs/**", recursive=True)} == before
+
+
+def test_the_entry_point_prints_the_sentence_and_exits_with_2():
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), "lr=-1"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: lr=-1 is not allowed: it must be float >= 0\n"
+
+
+def test_errors_in_the_code_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(train.data, "encode", lambda *a, **k: [][0])
+    with pytest.raises(IndexError):
+        train.main([*TINY_RUN])
+
+
+def test_bad_files_of_settings(refused):
+    for text, said in (("lr: 1\nlr: 2\n", "the key lr stands twice"), ("- a\n", "holds list"), ("a: [", "is not YAML"),
+                       ("dpo:\n  gamma: 1\n", "dpo.gamma is no key"), ("batch_size: '4'\n", "batch_size=\"4\" is not allowed")):
+        open("mine.yaml", "w").write(text)
+        assert said in refused("--config", "mine.yaml")
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_the_folder_of_a_run(run, sft_run):
+    os.symlink(sft_run, "link")
+    folder = run(*TINY_RUN, "loss=dpo", "model=link/LATEST", "save_every=2")
+    assert sorted(name for name in os.listdir(folder) if name != ".lock") == [
+        "LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", "step-000002", "step-000003"]
+    saved = yaml.safe_load(open(f"{folder}/config.yaml"))
+    assert saved["model"] == os.path.realpath(f"{sft_run}/LATEST") and "LATEST" not in saved["model"]
+    assert saved["dpo"]["beta"] == 0.1 and saved["batch_size"] == 4
+    assert set(saved["provenance"]["versions"]) >= {"torch", "transformers"}
+    assert {"git_commit", "git_dirty"} <= set(saved["provenance"])
+    rerun = config_of("--config", f"{folder}/config.yaml", "run_dir=again")  # it is a config file itself
+    assert rerun.model == saved["model"]
+
+
+def test_a_tiny_reference_is_kept_for_resuming(run):
+    folder = run(*TINY_RUN, "loss=dpo")
+    assert AutoModelForCausalLM.from_pretrained(f"{folder}/reference").config.model_type == "llama"
+
+
+def test_two_runs_are_the_same_value_by_value(run):
+    curves = []
+    for name in ("a", "b"):
+        folder = run(*TINY_RUN, "loss=dpo", f"run_dir={name}", "eval_every=2")
+        lines = read_lines(f"{folder}/metrics.jsonl")
+        assert len(lines) == 6
+        curves.append([{k: v for k, v in line.items() if k != "time" and "per_second" not in k} for line in lines])
+    assert curves[0] == curves[1]
+    assert open("a/samples.jsonl").read() == open("b/samples.jsonl").read()
+
+
+def test_another_seed_is_another_run(run):
+    assert losses_of(run(*TINY_RUN, "run_dir=a", "eval_every=0")) != losses_of(
+        run(*TINY_RUN, "run_dir=b", "eval_every=0", "seed=1"))
+
+
+def test_max_steps_0_evaluates_and_samples_only(run, capsys):
+    folder = run(*TINY_RUN, "loss=dpo", "max_steps=0", "eval_first=false")
+    lines = read_lines(f"{folder}/metrics.jsonl")
+    assert [(line["step"], line["split"]) for line in lines] == [(0, "eval")]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(read_lines(f"{folder}/samples.jsonl")) == 2
+    assert not os.path.exists(f"{folder}/LATEST")
+
+
+def test_what_the_person_sees(run, capsys, sft_run):
+    run(*TINY_RUN, "loss=dpo", f"model={sft_run}/LATEST", f"data=[{FEW_ROWS}]")
+    output = capsys.readouterr().out
+    for said in ("440,", "parameters in float32 on cpu", "400 of 400 rows used, 0 dropped", "3 of 4 examples",
+                 "the model's starting weights", "loss       dpo beta=0.1", "step 0: eval/loss 0.6931",
+                 "evaluation                      step 0        step 3", "checkpoint  runs/dpo/LATEST -> step-000003",
+                 "next        python -c "):
+        assert said in output, said
+    code = output.split("next        python ")[1].strip()
+    done = subprocess.run([sys.executable, *shlex.split(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Review of The ")
+
+
+def test_a_file_without_evaluation_says_so(run, capsys):
+    write_lines("r.jsonl", [{"prompt": "p", "response": "r"}] * 3)
+    run("data=r.jsonl", "batch_size=2")
+    output = capsys.readouterr().out
+    assert "none, so no evaluation" in output and "python train.py loss=dpo model=runs/sft/LATEST" in output
+
+
+# ---------------------------------------------------------------- README
+
+
+def readme_commands():
+    """Every `python train.py` and `torchrun` line of the README's code blocks, comments off."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    parts = [part.split("#")[0].strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if part.startswith("python train.py")]
+
+
+def test_the_readme_has_its_two_commands_first():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    for block, end in ((blocks[0], "python train.py loss=dpo"), (blocks[1], "python -m pytest")):
+        assert block.count("\n") == 1 and block.startswith("pip install -r requirements.txt && ") and end in block
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_run(command, run, sft_run):
+    """On the tiny model and few rows; what a command names and this machine lacks is put in its place."""
+    for name in ("sft", "pythia-sft"):
+        os.makedirs(f"runs/{name}")
+        shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), f"runs/{name}/LATEST")
+    arguments = shlex.split(command)[2:]
+    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if "--help" in arguments:
+        return
+    if settings.get("resume") == "true":
+        run(*TINY_RUN, "loss=dpo", "lr_schedule=constant")
+        run(*arguments)
+        return
+    chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a {i}"}],
+              "prompt": "p", "chosen": f"c {i}", "rejected": "r", "response": f"r {i}"} for i in range(8)]
+    for name in ("mine.jsonl", "held_out.jsonl"):
+        write_lines(name, chats)
+    if "EleutherAI" in settings.get("model", "") or settings.get("model", "").startswith("Qwen"):
+        arguments.append(f"model={sft_run}/LATEST")
+    if settings.get("data") in ("hh", "ultrafeedback"):
+        arguments += [f"data={FEW_ROWS}", "eval_data=toy"]
+    run(*arguments, "max_steps=2", "batch_size=2", "num_eval_examples=4", "sample_max_tokens=4", "max_length=400",
+        "exp_name=readme", "wandb=disabled", "lr_schedule=constant")
+    assert len(losses_of("runs/readme")) == 2 or settings.get("max_steps") == "0"
+
+
+def test_every_objective_stands_in_the_readme():
+    commands = " ".join(readme_commands())
+    for name in OBJECTIVES:
+        assert f"loss={name}" in commands or name == "sft"
+
+
+def test_adding_a_loss_and_a_dataset_as_the_readme_says(tmp_path):
+    """The README's own code, put into a scratch copy, runs."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("train.py", "losses.py", "trainers.py", "data.py", "config.yaml"):
+        shutil.copy(os.path.join(ROOT, name), copy)
+    blocks = dict(re.findall(r"<!-- (\w+) -->\n```(?:python|yaml)\n(.*?)```", README, re.S))
+    losses_py = (copy / "losses.py").read_text()
+    losses_py = losses_py.replace("def check(", blocks["loss_function"] + "\n\ndef check(", 1)
+    losses_py = losses_py.replace("OBJECTIVES = {\n", "OBJECTIVES = {\n" + blocks["loss_row"], 1)
+    (copy / "losses.py").write_text(losses_py)
+    with open(copy / "config.yaml", "a") as file:
+        file.write(blocks["loss_config"])
+    data_py = (copy / "data.py").read_text()
+    data_py = data_py.replace("@dataclass(frozen=True)\nclass Dataset:",
+                              blocks["dataset_function"] + "\n\n@dataclass(frozen=True)\nclass Dataset:", 1)
+    data_py = data_py.replace("DATASETS = {\n", "DATASETS = {\n" + blocks["dataset_row"], 1)
+    (copy / "data.py").write_text(data_py)
+    name = re.match(r' *"(\w+)"', blocks["dataset_row"]).group(1)
+    script = [sys.executable, str(copy / "train.py"), "loss=simpo", f"data={name}", "simpo.gamma=0.7", "max_steps=2",
+              "batch_size=2", "eval_every=0", "wandb=disabled"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first = read_lines(tmp_path / "runs/simpo/metrics.jsonl")[0]
+    assert first["loss"] > 0 and first["rewards/chosen"] < 0
+    refused = subprocess.run([*script, "simpo.gamma=-1", "exp_name=x"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2 and "simpo.gamma=-1 is not allowed: it must be float >= 0" in refused.stderr
+
+
+# ---------------------------------------------------------------- real input
+
+
+def test_hh_with_a_pretrained_model(run, capsys):
+    model, hh = shared("models", "stories260K"), shared("data", "hh")
+    settings = [f"model={model}", f"data={hh}/train.jsonl", f"eval_data={hh}/test.jsonl", "max_length=512",
+                "batch_size=8", "max_steps=2", "num_eval_examples=16", "sample_max_tokens=16", "num_samples=2"]
+    folder = run("loss=dpo", *settings)
+    output = capsys.readouterr().out
+    assert "1,993 of 2,000 rows used, 7 dropped" in output
+    assert "train.jsonl line 1255, train.jsonl line 1689, train.jsonl line 1953" in output
+    assert "dropped 4: chosen is white space only (train.jsonl line 87," in output
+    assert "the tokenizer begins texts with <s>, but this run's prompts do not" in output
+    first = read_lines(f"{folder}/metrics.jsonl")[0]
+    assert first["rewards/chosen"] == first["rewards/margins"] == 0.0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    AutoTokenizer.from_pretrained(f"{folder}/LATEST")
+    run("loss=sft", "add_bos=true", *settings)
+    assert "begins texts with" not in capsys.readouterr().out
