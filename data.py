@@ -9,6 +9,7 @@ A row that cannot be trained on raises Dropped; the Report counts it. A malforme
 import csv
 import difflib
 import functools
+import hashlib
 import html.parser
 import itertools
 import json
@@ -16,11 +17,13 @@ import math
 import os
 import random
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Callable
 
 import jinja2
 import numpy as np
+import pyarrow.parquet
 import torch
 from tqdm import tqdm
 
@@ -55,6 +58,7 @@ class Report:
     used: int = 0
     cut: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> places ("train.jsonl line 87")
+    fingerprint: str = ""  # sha256 of the rows that could be read, in order
 
     def drop(self, reason, where):
         self.dropped.setdefault(str(reason), []).append(where)
@@ -221,8 +225,10 @@ def strip_html(text):
 
 def load_hub(name, config=None, split="train"):
     """One split of a Hugging Face dataset. Raises InputError where it cannot be had."""
-    import datasets  # 1 s, and only hub data need it
+    import datasets  # takes a second, and only hub data need it
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -234,45 +240,41 @@ def read_jsonl(path):
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path} line {number} is not JSON: {error.msg}") from error
+                yield f"line {number}", parse_json(line, f"{path} line {number}")
 
 
 def read_json(path):
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    if not text.lstrip().startswith("["):  # JSON lines under the other name
-        return read_jsonl(path)
+    if text.lstrip().startswith("["):
+        return number_rows(parse_json(text, path))
+    return read_jsonl(path)  # JSON lines under the other name
+
+
+def parse_json(text, where):
     try:
-        return ((f"row {number}", row) for number, row in enumerate(json.loads(text), 1))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} line {error.lineno} is not JSON: {error.msg}") from error
-
-
-def read_parquet(path):
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path} is not a parquet file: {error}") from error
-    return ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
+        raise InputError(f"{where} is not JSON: {error}") from error
 
 
 def read_csv(path):
     """Cells are text, as they stand; a number is read where a number is needed."""
     csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise csv.Error(f"it has not the {len(reader.fieldnames)} cells of the header")
-                yield f"line {reader.line_num}", row
-        except csv.Error as error:
-            raise InputError(f"{path} line {reader.line_num} is not CSV: {error}") from error
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"line {reader.line_num} has not the header's {len(reader.fieldnames)} cells")
+            yield f"line {reader.line_num}", row
+
+
+def read_parquet(path):
+    return number_rows(pyarrow.parquet.read_table(path).to_pylist())
+
+
+def number_rows(rows):
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 FILES = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
@@ -283,23 +285,20 @@ def load_source(name, split, pairs):
     ending = os.path.splitext(name)[1]
     hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?::(.+))?", name)
     if name in DATASETS:
-        rows = DATASETS[name].load(split, pairs)
+        rows = number_rows(DATASETS[name].load(split, pairs))
     elif ending in FILES and os.path.isfile(name):
         try:
-            return [(f"{os.path.basename(name)} {place}", row) for place, row in FILES[ending](name)]
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name} is not UTF-8 text: {error}; convert it first") from error
-    elif ending in FILES:
-        raise InputError(f"{name}: there is no such file; give an existing one, or one of "
-                         f"{', '.join(DATASETS)}")
-    elif hub and not os.path.isfile(name):
-        rows = load_hub(hub[1], hub[2], hub[3] or split)
+            rows = list(FILES[ending](name))
+        except (UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid) as error:
+            raise InputError(f"{name} is no {ending} file in UTF-8: {error}") from error
+    elif hub and ending not in FILES and not os.path.isfile(name):
+        rows = number_rows(load_hub(hub[1], hub[2], hub[3] or split))
     else:
         near = difflib.get_close_matches(name, DATASETS, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"{name!r} is no dataset{hint}: give one of {', '.join(DATASETS)}, a file ending in "
-                         f"{', '.join(FILES)}, or a hub id org/name")
-    return [(f"{name} row {number}", row) for number, row in enumerate(rows, 1)]
+        why = "no such file" if ending in FILES else f"did you mean {near[0]}?" if near else "no dataset"
+        raise InputError(f"{name!r} cannot be read, {why}: give one of {', '.join(DATASETS)}, an existing "
+                         f"file ending in {', '.join(FILES)}, or a hub id org/name[/config][:split]")
+    return ((f"{os.path.basename(name) if ending in FILES else name} {place}", row) for place, row in rows)
 
 
 def as_list(value):
@@ -325,7 +324,7 @@ class TextRow:
 
 def load_rows(sources, split, objective):
     """Reads sources (names, hub ids, files) into TextRows that this objective can use, and a Report."""
-    rows, report = [], Report()
+    rows, report, digest = [], Report(), hashlib.sha256()
     columns = [name for name in objective.columns if name not in COMPUTED_COLUMNS]
     for where, row in itertools.chain.from_iterable(load_source(name, split, objective.needs_pairs)
                                                     for name in as_list(sources)):
@@ -334,6 +333,9 @@ def load_rows(sources, split, objective):
             rows.append(read_row(row, where, objective.needs_pairs, columns))
         except Dropped as reason:
             report.drop(reason, where)
+            continue
+        digest.update(json.dumps([rows[-1].prompt, rows[-1].responses, rows[-1].columns]).encode())
+    report.fingerprint = digest.hexdigest()
     return rows, report
 
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import types
 
-import datasets
 import torch
 import transformers
 import yaml
@@ -64,7 +63,7 @@ def build_trainer(config, checkpoint=None):
     model_path = checkpoint or config.model
     tokenizer = trainers.load_tokenizer(checkpoint or config.tokenizer or config.model, train_rows, config)
     model_config, dropouts = trainers.load_model_config(model_path, config, tokenizer)
-    end_ids = trainers.load_end_ids(model_path, tokenizer)
+    end_ids = trainers.load_end_ids(model_path, model_config, tokenizer)
 
     judge = known_rewards(eval_sources)
     num_prompts = judge.num_samples if judge else config.num_samples
@@ -77,8 +76,8 @@ def build_trainer(config, checkpoint=None):
 
     policy = trainers.load_model(model_path, model_config, config, tokenizer)
     reference = load_reference(config, checkpoint, policy, tokenizer) if objective.needs_reference else None
-    trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, train_examples, held_out,
-                               num_prompts, judge, checkpoint)
+    trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, train_examples,
+                               train_report.fingerprint, held_out, num_prompts, judge, checkpoint)
     print_summary(trainer, dropouts, {"data": train_report, "eval data": eval_report})
     return trainer
 
@@ -401,7 +400,8 @@ def print_results(trainer):
     latest = os.path.join(os.path.relpath(config.run_dir), "LATEST")
     print(f"\ncheckpoint  {latest} -> step-{trainer.saved_step:06d}")
     if trainer.objective.needs_pairs:
-        prompt = trainer.tokenizer.decode(trainer.train_examples[0].prompt)
+        shortest = min(trainer.train_examples, key=lambda example: len(example.prompt))
+        prompt = trainer.tokenizer.decode(shortest.prompt)
         code = f"print(pipeline('text-generation', {latest!r})({prompt!r})[0]['generated_text'])"
         print("next        python -c " + shlex.quote(f"from transformers import pipeline; {code}"))
     else:
@@ -418,7 +418,6 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():  # a log file wants no progress bars
         transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
     try:
         sys.exit(main(sys.argv[1:]))
     except InputError as refused:

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import textwrap
 import time
 
 import torch
@@ -27,7 +26,6 @@ from data import Example, InputError, collate, microbatches, stream, train_token
 from losses import OBJECTIVES
 
 START = time.monotonic()  # max_hours counts from here
-LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 # ---------------------------------------------------------------- models and tokenizers
 
@@ -37,11 +35,9 @@ def load_tokenizer(path, rows, config):
 
     Raises InputError where there is none, or none with the special tokens that the run needs.
     """
-    try:
+    with refusing(f"the tokenizer of {path}"):
         tokenizer = train_tokenizer(rows) if path == "tiny" else AutoTokenizer.from_pretrained(
             path, trust_remote_code=config.trust_remote_code)
-    except LOADING_ERRORS as error:
-        raise InputError(f"no tokenizer can be loaded from {path}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path} has no end-of-sequence token, which closes every "
                          "response: name one in its tokenizer_config.json, or choose another by tokenizer=")
@@ -52,14 +48,14 @@ def load_tokenizer(path, rows, config):
 
 def load_model_config(path, config, tokenizer):
     """The model's own configuration with every dropout at 0, and what those were. Reads no weights."""
-    try:
-        model_config = AutoConfig.from_pretrained(
-            path, trust_remote_code=config.trust_remote_code) if path != "tiny" else LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=2048, bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    except LOADING_ERRORS as error:
-        raise InputError(f"no model can be loaded from {path}: {first_line(error)}") from error
+    if path == "tiny":
+        model_config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
+                                   num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
+                                   bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                                   pad_token_id=tokenizer.pad_token_id)
+    else:
+        with refusing(f"the model {path}"):
+            model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     dropouts = {}
     for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
         for name, value in vars(part).items():
@@ -75,61 +71,47 @@ def load_model_config(path, config, tokenizer):
 
 def load_model(path, model_config, config, tokenizer):
     """The causal language model at `path`, on this run's device. Raises InputError if it is not whole."""
-    dtype = getattr(torch, config.dtype)
-    try:
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention,
+               "trust_remote_code": config.trust_remote_code}
+    with refusing(f"the model {path}"), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
         if path == "tiny":
-            with torch.random.fork_rng():
-                torch.manual_seed(config.seed)
-                model = AutoModelForCausalLM.from_config(
-                    model_config, attn_implementation=config.attention, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(model_config, **options)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, config=model_config, dtype=dtype, attn_implementation=config.attention,
-                trust_remote_code=config.trust_remote_code, output_loading_info=True)
-            if info["missing_keys"] or info["mismatched_keys"]:
-                absent = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+            model, info = AutoModelForCausalLM.from_pretrained(path, config=model_config,
+                                                               output_loading_info=True, **options)
+            if absent := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
                 raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]}")
-    except LOADING_ERRORS as error:
-        raise InputError(f"model {path} cannot be loaded: {first_line(error)}") from error
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
                          "choose the tokenizer that belongs to the model")
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return model.to(device())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_end_ids(path, tokenizer):
+def load_end_ids(path, model_config, tokenizer):
     """Ids that end a response: the tokenizer's end token, then those of the model's generation config."""
-    try:
-        more = [] if path == "tiny" else GenerationConfig.from_pretrained(path).eos_token_id or []
-    except OSError:  # it has none
-        more = []
+    generation_config = GenerationConfig.from_model_config(model_config)
+    if path != "tiny":
+        with contextlib.suppress(OSError):  # it has none of its own
+            generation_config = GenerationConfig.from_pretrained(path)
+    more = generation_config.eos_token_id
     more = more if isinstance(more, list) else [more]
-    return [tokenizer.eos_token_id, *(i for i in more if i != tokenizer.eos_token_id)]
+    return [tokenizer.eos_token_id, *(i for i in more if i not in (None, tokenizer.eos_token_id))]
 
 
 def check_same_tokenizer(path, tokenizer, config):
     """Log-ratios of models with different vocabularies mean nothing: refuses a reference with another one."""
-    try:
-        other = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except LOADING_ERRORS:
+    if not glob.glob(os.path.join(path, "tokenizer*")) and os.path.isdir(path):
         return  # weights without a tokenizer are taken at their word
+    with refusing(f"the tokenizer of reference={path}"):
+        other = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     if other.get_vocab() != tokenizer.get_vocab():
         raise InputError(f"reference={path} has another tokenizer than the model: choose one with the same")
 
 
-def fingerprint_examples(examples):
-    """sha256 over the token ids and columns of examples, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(str(sorted(example.columns.items())).encode())
-        for ids in (example.prompt, *example.responses):
-            digest.update(len(ids).to_bytes(8, "big") + ids.tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint_weights(model):
+def fingerprint(model):
     """sha256 over the model's weights: names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -138,8 +120,13 @@ def fingerprint_weights(model):
     return digest.hexdigest()
 
 
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@contextlib.contextmanager
+def refusing(what):
+    """Turns what loading from a folder or the hub raises into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise InputError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 def first_line(error):
@@ -198,19 +185,19 @@ class Stopped(Exception):
 class Trainer:
     """One run: the policy, its objective and optimizer, and the folder that keeps it.
 
+    data_fingerprint: of train_examples' rows, for a resumed run must go on with the same.
     held_out: Examples; the first num_eval_examples are evaluated, the first num_prompts sampled from.
     dataset: the data.Dataset whose known rewards judge the samples, or None.
     checkpoint: the folder to go on from, whose weights `policy` has, or None.
     """
 
-    def __init__(self, config, policy, reference, tokenizer, end_ids, train_examples, held_out, num_prompts,
-                 dataset, checkpoint=None):
+    def __init__(self, config, policy, reference, tokenizer, end_ids, train_examples, data_fingerprint,
+                 held_out, num_prompts, dataset, checkpoint=None):
         self.config = config
         self.objective = OBJECTIVES[config.loss]
         self.policy = policy.train()
         self.reference = reference and reference.eval().requires_grad_(False)
-        self.fingerprints = {"reference": reference and fingerprint_weights(reference),
-                             "data": fingerprint_examples(train_examples)}
+        self.fingerprints = {"data": data_fingerprint, "reference": reference and fingerprint(reference)}
         self.tokenizer, self.end_ids = tokenizer, end_ids
         self.train_examples = train_examples
         self.eval_examples = held_out[:config.num_eval_examples]
@@ -459,6 +446,7 @@ class Trainer:
         if kl is not None:
             gaps = [record["reward"] - record["reference_reward"] for record in records]
             metrics["samples/win_rate"] = sum((gap > 0) + (gap == 0) / 2 for gap in gaps) / len(gaps)
+        if kl is not None and self.dataset.optimal_reward:
             optimum = metrics["samples/optimal_reward"] = self.dataset.optimal_reward(kl)
             metrics["samples/efficiency"] = metrics["samples/reward"] / optimum if optimum >= 0.5 else None
         return metrics
@@ -468,7 +456,9 @@ class Trainer:
         for record in records:
             tqdm.write("")
             for name, value in record.items():
-                text = textwrap.shorten(str(value), 300, placeholder=" ... (whole in samples.jsonl)")
+                text = " ".join(str(value).split())
+                if len(text) > 300:  # of a prompt the end says more
+                    text = f"... {text[-300:]}" if name == "prompt" else f"{text[:300]} ..."
                 tqdm.write(f"{name:<22}{text}")
         if self.wandb and records:
             import wandb

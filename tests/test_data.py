@@ -152,10 +152,10 @@ def test_a_list_of_sources_is_concatenated_and_lines_keep_their_numbers():
 
 @pytest.mark.parametrize("name, content, said", [
     ("f.jsonl", b'{"prompt": "p", "response": "r"}\n{"prompt": \n', "f.jsonl line 2 is not JSON"),
-    ("f.json", b'[{"prompt": "p"},\n 7 8]', "f.json line 2 is not JSON"),
-    ("f.csv", b"prompt,response\na,b,c\n", "f.csv line 2 is not CSV"),
-    ("f.parquet", b"nothing", "f.parquet is not a parquet file"),
-    ("f.jsonl", b'{"prompt": "\xff", "response": "r"}\n', "not UTF-8"),
+    ("f.json", b'[{"prompt": "p"},\n 7 8]', "f.json is not JSON: .* line 2"),
+    ("f.csv", b"prompt,response\na,b,c\n", "f.csv is no .csv file in UTF-8: line 2 has not the header's 2 cells"),
+    ("f.parquet", b"nothing", "f.parquet is no .parquet file"),
+    ("f.jsonl", b'{"prompt": "\xff", "response": "r"}\n', "no .jsonl file in UTF-8"),
     ("f.jsonl", b"3\n", "f.jsonl line 1 is int, not an object"),
 ])
 def test_malformed_files_stop_the_run(name, content, said):
@@ -165,7 +165,7 @@ def test_malformed_files_stop_the_run(name, content, said):
 
 
 @pytest.mark.parametrize("name, said", [
-    ("missing.jsonl", "there is no such file"), ("toyy", "did you mean toy"), ("notes.txt", "is no dataset"),
+    ("missing.jsonl", "no such file"), ("toyy", "did you mean toy"), ("notes.txt", "no dataset"),
     ("nobody/nothing", "cannot be loaded"),
 ])
 def test_unknown_sources_are_refused(name, said):
