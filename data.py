@@ -46,6 +46,10 @@ class InputError(ValueError):
     """Something the user gave is not allowed. The message is one sentence: given, allowed, what to do."""
 
 
+def first_line(error):
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class Dropped(Exception):
     """This row cannot be trained on; the message is the reason, under which the Report counts it."""
 
@@ -231,20 +235,20 @@ def load_hub(name, config=None, split="train"):
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"dataset {name}, config {config}, split {split} cannot be loaded: "
-                         f"{str(error).splitlines()[0]}") from error
+                         f"{first_line(error)}") from error
 
 
 def read_jsonl(path):
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield f"line {number}", parse_json(line, f"{path} line {number}")
 
 
 def read_json(path):
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         text = file.read()
     if text.lstrip().startswith("["):
         return number_rows(parse_json(text, path))
@@ -254,7 +258,7 @@ def read_json(path):
 def parse_json(text, where):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {error}") from error
 
 
@@ -289,7 +293,7 @@ def load_source(name, split, pairs):
     elif ending in FILES and os.path.isfile(name):
         try:
             rows = list(FILES[ending](name))
-        except (UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid) as error:
+        except (OSError, UnicodeError, csv.Error, pyarrow.ArrowException) as error:
             raise InputError(f"{name} is no {ending} file in UTF-8: {error}") from error
     elif hub and ending not in FILES and not os.path.isfile(name):
         rows = number_rows(load_hub(hub[1], hub[2], hub[3] or split))
@@ -334,7 +338,11 @@ def load_rows(sources, split, objective):
         except Dropped as reason:
             report.drop(reason, where)
             continue
-        digest.update(json.dumps([rows[-1].prompt, rows[-1].responses, rows[-1].columns]).encode())
+        row = rows[-1]
+        try:
+            digest.update(json.dumps([row.prompt, row.responses, row.columns], ensure_ascii=False).encode())
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where} holds half a character, which is no text: {error}") from error
     report.fingerprint = digest.hexdigest()
     return rows, report
 
@@ -352,8 +360,9 @@ def read_row(row, where, pairs, columns=()):
     if needed is None:
         wanted = "; or ".join(map(", ".join, shapes))
         raise InputError(f"{where} has the columns {', '.join(map(str, row))}; this objective needs {wanted}")
-    for name in needed:
-        if not is_text(row[name]) and not is_conversation(row[name]):
+    more = ("input",) if needed[0] == "instruction" and row.get("input") is not None else ()
+    for name in needed + more:
+        if not is_text(row[name]) and not (is_conversation(row[name]) and name != "input"):
             value = json.dumps(row[name], default=str)[:60]
             raise InputError(f"{where}: column {name} is {value}; it must be text, or a list of messages "
                              "with text for role and content")
@@ -421,7 +430,7 @@ def split_conversations(prompt, answers):
 
 def read_number(row, where, name):
     """The float in column `name`, or in its alias."""
-    value = row.get(name, row.get(COLUMN_ALIASES.get(name)))
+    value = row.get(COLUMN_ALIASES.get(name)) if row.get(name) is None else row[name]
     if value is None:
         alias = f" (or {COLUMN_ALIASES[name]})" if name in COLUMN_ALIASES else ""
         raise InputError(f"{where}: the objective needs a column {name}{alias}, a number; "
@@ -522,8 +531,11 @@ def encode_chat(row, tokenizer, end_ids, special):
         raise InputError(f"{row.where} is a list of messages, but the tokenizer has no chat template: choose "
                          "a tokenizer with one (tokenizer=...), or give prompt and response as text")
 
+    text = "".join(message["content"] for message in [*row.prompt, *row.responses])
+    guard = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+
     def render(messages, **options):
-        shielded = [message | {"content": shield(message["content"], special)} for message in messages]
+        shielded = [message | {"content": shield(message["content"], special, guard)} for message in messages]
         try:
             return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
         except jinja2.TemplateError as error:
@@ -536,29 +548,27 @@ def encode_chat(row, tokenizer, end_ids, special):
         if not whole.startswith(prompt):
             raise Dropped("the chat template renders the prompt otherwise when an answer follows")
         texts.append(whole[len(prompt):])
-    prompt, *responses = [encode_rendered(text, tokenizer, special) for text in texts]
+    prompt, *responses = [encode_rendered(text, tokenizer, special, guard) for text in texts]
     for i, ids in enumerate(responses):
         end = max((at + 1 for at, token in enumerate(ids) if token in end_ids), default=0)
         responses[i] = ids[:end] if end else ids + end_ids[:1]
     return prompt, responses
 
 
-SHIELD = "\ue000"  # a private-use character, put inside special tokens that stand in a message as text
-
-
-def shield(text, special):
+def shield(text, special, guard):
+    """Puts guard, a character that is not in the text, inside the special tokens that stand there as text."""
     for token in special:
-        text = text.replace(token, token[0] + SHIELD + token[1:])
+        text = text.replace(token, token[0] + guard + token[1:])
     return text
 
 
-def encode_rendered(text, tokenizer, special):
+def encode_rendered(text, tokenizer, special, guard):
     """A rendered chat to ids, as the tokenizer does it, but with shielded special tokens as text."""
-    if SHIELD not in text:
+    if guard not in text:
         return tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
     ids = []
     for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
-        plain = part.replace(SHIELD, "")
+        plain = part.replace(guard, "")
         ids += [special[part]] if part in special else tokenizer(
             plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return ids

@@ -4,9 +4,7 @@ import contextlib
 import copy
 import difflib
 import fcntl
-import glob
 import importlib.metadata
-import json
 import math
 import os
 import re
@@ -37,11 +35,12 @@ def main(arguments):
     """Runs what the arguments ask for; returns the exit status. Raises InputError for refused input."""
     config, checkpoint = load_config(arguments)
     trainer = build_trainer(config, checkpoint)
-    with open_run(trainer, fresh=not checkpoint):
+    with lock_folder(config, checkpoint):
         trainer.restore_records()
         if checkpoint and trainer.step >= trainer.num_steps and not trainer.eval_is_due():
             print(f"This run is finished: its last step, {trainer.step}, is in {checkpoint}.")
             return 0
+        write_start(trainer)
         stopped_by = trainer.train()
     print_results(trainer)
     if not stopped_by:
@@ -54,6 +53,7 @@ def main(arguments):
 
 def build_trainer(config, checkpoint=None):
     """Data, tokenizer, models and Trainer of a config, printing a summary; writes nothing."""
+    torch.manual_seed(config.seed)
     objective = OBJECTIVES[config.loss]
     named = [name for name in as_list(config.data) if name in DATASETS]
     eval_sources = as_list(config.eval_data) or named
@@ -66,7 +66,7 @@ def build_trainer(config, checkpoint=None):
     end_ids = trainers.load_end_ids(model_path, model_config, tokenizer)
 
     judge = known_rewards(eval_sources)
-    num_prompts = judge.num_samples if judge else config.num_samples
+    num_prompts = max(config.num_samples, judge.num_samples if judge else 0)
     limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
     train_examples = data.encode(train_rows, train_report, tokenizer, config, end_ids)
     held_out = data.encode(eval_rows, eval_report, tokenizer, config, end_ids, limit)
@@ -96,8 +96,16 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-                             list("-+0123456789"))
+class Dumper(yaml.SafeDumper):
+    """Writes what Loader reads: quotes a text that looks like 1e-5, and repeats rather than refers."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+for yaml_class in (Loader, Dumper):
+    yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def load_config(arguments):
@@ -153,28 +161,32 @@ def read_schema():
     return flatten(read_yaml(path), rules), rules
 
 
-def read_yaml(path):
+def read_yaml(path, provenance=False):
+    """The mapping in a file; the provenance that a run's own config.yaml adds only where it is asked for."""
     try:
         with open(path, encoding="utf-8") as file:
-            settings = yaml.load(file, Loader) or {}
+            settings = load_yaml(file, f"config file {path}") or {}
     except OSError as error:
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InputError(f"config file {path} holds {type(settings).__name__}, not keys with values")
-    settings.pop("provenance", None)  # what a run's own config.yaml adds
-    return settings
+    return settings if provenance else {key: value for key, value in settings.items() if key != "provenance"}
+
+
+def load_yaml(text, what):
+    try:
+        return yaml.load(text, Loader)
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def parse(text, rule):
     """A command line's value: YAML, but text as it stands where text is allowed."""
     if "str" in rule.split() and not (text == "null" or text.startswith("[")):
         return text
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{text!r} is not a value: {' '.join(str(error).split())}") from error
+    return load_yaml(text, repr(text))
 
 
 def flatten(settings, rules, prefix=""):
@@ -184,11 +196,10 @@ def flatten(settings, rules, prefix=""):
         key = f"{prefix}{name}"
         if key in rules:
             if not any(fits(value, rule) for rule in rules[key].split(" or ")):
-                shown = json.dumps(value, default=str)
-                raise InputError(f"{key}={shown} is not allowed: it must be {rules[key]}")
+                raise InputError(f"{key}={value!r} is not allowed: it must be {rules[key]}")
             flat[key] = value
-        elif isinstance(value, dict) and any(known.startswith(key + ".") for known in rules):
-            flat |= flatten(value, rules, key + ".")
+        elif isinstance(value, dict | types.NoneType) and any(known.startswith(key + ".") for known in rules):
+            flat |= flatten(value or {}, rules, key + ".")
         else:
             near = difflib.get_close_matches(key, rules, 1, cutoff=0)
             raise InputError(f"{key} is no key of config.yaml; the nearest is {near[0]}")
@@ -201,7 +212,8 @@ def fits(value, rule):
         return any(value is choice or value == choice and isinstance(value, str)
                    for choice in (yaml.load(word, Loader) for word in rule.split(" | ")))
     kind, _, bound = rule.partition(" ")
-    value = float(value) if kind == "float" and type(value) is int else value
+    if kind == "float" and type(value) is int:
+        value = float(value) if abs(value) < 1e300 else math.inf
     kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "mapping": dict,
              "null": type(None)}
     if type(value) is not kinds[kind]:
@@ -261,7 +273,20 @@ def check_config(config):
         if (path.count("/") > 1 or path.startswith((".", "~", "/"))) and not os.path.exists(path):
             raise InputError(f"{key}={path}: there is no such folder; give one, a run's LATEST, or a hub id "
                              "org/name")
-    trainers.make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config)
+        whole = key == "tokenizer" or os.path.exists(os.path.join(path, "config.json"))
+        if os.path.isdir(path) and not whole:
+            is_run = os.path.exists(os.path.join(path, "LATEST"))
+            raise InputError(f"{key}={path} is no model's folder, it has no config.json: "
+                             + (f"{key}={path}/LATEST is one" if is_run else "give a folder that has"))
+    if config.attention == "flex_attention" and not torch.cuda.is_available():
+        raise InputError("attention=flex_attention has no backward on a CPU: choose sdpa or eager")
+    parent = config.run_dir
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or config.run_dir == HERE:
+        raise InputError(f"run_dir={config.run_dir} cannot be a run's folder, {parent} is in its place: "
+                         "choose another run_dir or exp_name")
+    trainers.check_optimizer(config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("WORLD_SIZE is above 1, but this version uses one device: start it without torchrun")
 
@@ -272,8 +297,8 @@ def check_config(config):
 def find_checkpoint(config):
     """The checkpoint to go on from, or None for a fresh run. Raises InputError if that is not possible."""
     latest = os.path.join(config.run_dir, "LATEST")
-    traces = [name for pattern in ("config.yaml", "metrics.jsonl", "LATEST", "step-*")
-              for name in glob.glob(os.path.join(config.run_dir, pattern))]
+    names = os.listdir(config.run_dir) if os.path.isdir(config.run_dir) else []
+    traces = [name for name in names if re.fullmatch(r"config\.yaml|metrics\.jsonl|LATEST|step-\d+", name)]
     if config.resume is False and traces:
         raise InputError(f"{config.run_dir} holds a run already: go on with it by resume=true, or choose "
                          "another exp_name or run_dir")
@@ -281,6 +306,8 @@ def find_checkpoint(config):
         raise InputError(f"{config.run_dir} has no complete checkpoint to resume: resume=auto would start at "
                          "step 0 there")
     if config.resume is False or not os.path.lexists(latest):
+        if "config.yaml" in names and not read_provenance(os.path.join(config.run_dir, "config.yaml")):
+            raise InputError(f"{config.run_dir} has a config.yaml that no run wrote: choose another run_dir")
         return None
     trainers.read_counters(os.path.realpath(latest))
     return os.path.realpath(latest)
@@ -311,33 +338,45 @@ def load_reference(config, checkpoint, policy, tokenizer):
 
 
 @contextlib.contextmanager
-def open_run(trainer, fresh):
-    """The run's folder, made and kept from other processes, with its config.yaml and the start of `tiny`."""
-    config = trainer.config
+def lock_folder(config, checkpoint):
+    """Makes the run's folder and keeps other processes out of it until this one ends, however it ends."""
     os.makedirs(config.run_dir, exist_ok=True)
-    path = os.path.join(config.run_dir, "config.yaml")
     with open(os.path.join(config.run_dir, ".lock"), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"{config.run_dir} is in use by another process: wait for it, or choose another "
                              "exp_name") from error
-        run_id = secrets.token_hex(6)
-        if not fresh:
-            with open(path, encoding="utf-8") as file:
-                run_id = yaml.safe_load(file)["provenance"]["run_id"]
-        packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-        config.provenance = {"run_id": run_id, "git_commit": git("rev-parse", "HEAD"),
-                             "git_dirty": bool(git("status", "--porcelain")),
-                             "versions": {name: importlib.metadata.version(name) for name in packages}}
-        with open(path + ".partial", "w", encoding="utf-8") as file:
-            yaml.safe_dump(vars(config), file, sort_keys=False, allow_unicode=True)
-        os.replace(path + ".partial", path)
-        if fresh and trainer.reference and (config.reference or config.model) == "tiny":
-            with trainers.whole_folder(os.path.join(config.run_dir, "reference")) as folder:
-                trainer.reference.save_pretrained(folder)
-                trainer.tokenizer.save_pretrained(folder)
+        if find_checkpoint(config) != checkpoint:
+            raise InputError(f"another process has written to {config.run_dir} meanwhile: start again")
         yield
+
+
+def write_start(trainer):
+    """Starts wandb, writes config.yaml, and keeps the weights of a reference that came from no folder."""
+    config = trainer.config
+    path = os.path.join(config.run_dir, "config.yaml")
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+    code = {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
+            "versions": {name: importlib.metadata.version(name) for name in packages}}
+    fresh = trainer.saved_step is None
+    config.provenance = {"run_id": secrets.token_hex(6), **code, "resumed": []}
+    if not fresh:  # what the run began with stays
+        config.provenance |= read_provenance(path)
+        config.provenance["resumed"].append({"step": trainer.step, **code})
+    trainer.start_wandb()
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        yaml.dump(vars(config), file, Dumper, sort_keys=False, allow_unicode=True)
+    os.replace(path + ".partial", path)
+    if fresh and trainer.reference and (config.reference or config.model) == "tiny":
+        with trainers.whole_folder(os.path.join(config.run_dir, "reference")) as folder:
+            trainer.reference.save_pretrained(folder)
+            trainer.tokenizer.save_pretrained(folder)
+
+
+def read_provenance(path):
+    """What a run's config.yaml says of the code that it began with; none if it is not a run's."""
+    return read_yaml(path, provenance=True).get("provenance") or {}
 
 
 def git(*arguments):

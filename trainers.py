@@ -3,26 +3,25 @@
 import collections
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
                           LogitsProcessor, TopPLogitsWarper)
 
-from data import Example, InputError, collate, microbatches, stream, train_tokenizer
+from data import Example, InputError, collate, first_line, microbatches, stream, train_tokenizer
 from losses import OBJECTIVES
 
 START = time.monotonic()  # max_hours counts from here
@@ -85,9 +84,21 @@ def load_model(path, model_config, config, tokenizer):
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
                          "choose the tokenizer that belongs to the model")
+    check_causal(model, path)
     if config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        with refusing(f"the model {path} with activation_checkpointing"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def check_causal(model, path):
+    """Refuses a model whose predictions depend on later tokens: its log-probabilities mean nothing here."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]]) % model.config.vocab_size
+    first, second = model.eval()(input_ids=ids, use_cache=False).logits[:, :4].float()
+    if not torch.allclose(first, second, atol=1e-2):
+        raise InputError(f"{path} is no causal language model, what it predicts depends on later tokens: "
+                         "choose one that is")
 
 
 def load_end_ids(path, model_config, tokenizer):
@@ -98,12 +109,12 @@ def load_end_ids(path, model_config, tokenizer):
             generation_config = GenerationConfig.from_pretrained(path)
     more = generation_config.eos_token_id
     more = more if isinstance(more, list) else [more]
-    return [tokenizer.eos_token_id, *(i for i in more if i not in (None, tokenizer.eos_token_id))]
+    return [tokenizer.eos_token_id, *(i for i in more if isinstance(i, int) and i != tokenizer.eos_token_id)]
 
 
 def check_same_tokenizer(path, tokenizer, config):
     """Log-ratios of models with different vocabularies mean nothing: refuses a reference with another one."""
-    if not glob.glob(os.path.join(path, "tokenizer*")) and os.path.isdir(path):
+    if os.path.isdir(path) and not any(name.startswith("tokenizer") for name in os.listdir(path)):
         return  # weights without a tokenizer are taken at their word
     with refusing(f"the tokenizer of reference={path}"):
         other = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
@@ -122,15 +133,11 @@ def fingerprint(model):
 
 @contextlib.contextmanager
 def refusing(what):
-    """Turns what loading from a folder or the hub raises into one sentence."""
+    """Turns what transformers raises while it loads from a folder or the hub into one sentence."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of any kind: a config.json can be wrong in many ways
         raise InputError(f"{what} cannot be loaded: {first_line(error)}") from error
-
-
-def first_line(error):
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 # ---------------------------------------------------------------- optimizer
@@ -148,14 +155,29 @@ def make_optimizer(parameters, config):
     if config.optimizer not in optimizer_names():
         raise InputError(f"optimizer={config.optimizer} is not one of {', '.join(optimizer_names())}")
     optimizer_class = getattr(torch.optim, config.optimizer)
-    names = [name for name in inspect.signature(optimizer_class).parameters if name not in ("params", "lr")]
-    for name in config.optimizer_args:
-        if name not in names:
+    known = {parameter.name: parameter.default
+             for parameter in inspect.signature(optimizer_class).parameters.values()
+             if parameter.name not in ("params", "lr")}
+    for name, value in config.optimizer_args.items():
+        if name not in known:
             raise InputError(f"optimizer_args.{name} is no argument of {config.optimizer}, which has "
-                             f"{', '.join(names)}")
+                             f"{', '.join(known)}")
+        if isinstance(known[name], bool) and not isinstance(value, bool):
+            raise InputError(f"optimizer_args.{name}={value!r} is not allowed: it must be true or false")
     try:
         return optimizer_class(parameters, lr=config.lr, **config.optimizer_args)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
+        raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused: {error}") from error
+
+
+def check_optimizer(config):
+    """Takes one step on a small matrix, for many wrong arguments show only there. Raises InputError."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = make_optimizer([weight], config)
+    try:
+        optimizer.step()
+    except Exception as error:
         raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused: {error}") from error
 
 
@@ -215,7 +237,8 @@ class Trainer:
         self.wandb = None
         self.reference_samples = None
         self.evaluated_steps = set()
-        self.restore(checkpoint)
+        if checkpoint:
+            self.restore(checkpoint)
 
     @property
     def num_steps(self):
@@ -231,7 +254,6 @@ class Trainer:
 
     def train(self):
         """Runs to the end or until asked to stop; returns None, the signal's number or "max_hours"."""
-        self.start_wandb()
         num_steps = self.num_steps
         with self.catch_signals(), tqdm(total=num_steps, initial=self.step, unit="step", disable=None) as bar:
             try:
@@ -431,7 +453,7 @@ class Trainer:
                 if self.dataset and who != "chosen":
                     scores = self.dataset.scores(record[who], finished)
                     prefix = "" if who == "policy" else "reference_"
-                    record |= {prefix + name: value for name, value in scores.items()}
+                    record |= {prefix + name: float(value) for name, value in scores.items()}
         if self.dataset:
             metrics |= self.score_metrics(records, metrics.get("samples/kl"))
         self.show_samples(records[:self.config.num_samples])
@@ -575,31 +597,40 @@ class Trainer:
         point_latest(run_dir, name)
         self.saved_step = self.step
         if self.config.keep_checkpoints is not None:
-            for old in sorted(glob.glob(os.path.join(run_dir, "step-*")))[:-self.config.keep_checkpoints]:
-                discarded = os.path.join(run_dir, f".{os.path.basename(old)}.partial")
-                os.rename(old, discarded)  # so that no half-deleted folder looks like a checkpoint
+            steps = sorted(step for step in saved_steps(run_dir) if step <= self.step)
+            for name in [f"step-{step:06d}" for step in steps[:-self.config.keep_checkpoints]]:
+                discarded = os.path.join(run_dir, f".{name}.partial")
+                os.rename(os.path.join(run_dir, name), discarded)  # half deleted, it is no checkpoint
                 shutil.rmtree(discarded)
 
     def restore(self, checkpoint):
-        """Takes up a checkpoint's optimizer, counters and random state."""
-        if checkpoint:
-            counters = read_counters(checkpoint)
-            for what in ("reference", "data"):
-                if counters[what] != self.fingerprints[what]:
-                    raise InputError(f"the {what} is not what this run began with, its content differs: put "
-                                     "it back, or start a new run")
+        """Takes up a checkpoint's optimizer, counters and random state. Raises InputError if it may not."""
+        counters = read_counters(checkpoint)
+        for what, now in self.fingerprints.items():
+            if counters[what] != now:
+                raise InputError(f"the {what} is not what this run began with, its content differs: put it "
+                                 "back, or start a new run")
+        try:
             state = torch.load(os.path.join(checkpoint, "trainer_state", "state.pt"), map_location="cpu")
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"]["cpu"])
-            if len(state["rng"]["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-            self.step = self.saved_step = counters["step"]
-            self.examples = counters["examples"]
+        except Exception as error:
+            raise InputError(f"checkpoint {checkpoint} is damaged, its state.pt cannot be read: "
+                             f"{first_line(error)}") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, saved in state["optimizer"]["state"].items():  # load_state_dict casts to the weights' type
+            now = self.optimizer.state[parameters[i]]
+            now |= {name: x.to(now[name].device) for name, x in saved.items() if torch.is_tensor(x)}
+        torch.set_rng_state(state["rng"]["cpu"])
+        if len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        self.step = self.saved_step = counters["step"]
+        self.examples = counters["examples"]
 
     def restore_records(self):
         """Cuts metrics.jsonl and samples.jsonl back to this step; clears what an interrupted save left."""
-        for leftover in glob.glob(os.path.join(self.config.run_dir, ".*.partial")):
-            shutil.rmtree(leftover)
+        for name in os.listdir(self.config.run_dir):
+            if re.fullmatch(r"\.(step-\d+|reference)\.partial", name):
+                shutil.rmtree(os.path.join(self.config.run_dir, name))
         kept = cut_back(os.path.join(self.config.run_dir, "metrics.jsonl"),
                         lambda line: self.saved_step is not None and line["step"] <= self.step)
         self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
@@ -635,12 +666,24 @@ def read_counters(checkpoint):
     """step, examples and reference of a checkpoint. Raises InputError if the folder is not whole."""
     needed = ("config.json", "trainer_state/state.json", "trainer_state/state.pt")
     absent = [name for name in needed if not os.path.isfile(os.path.join(checkpoint, name))]
-    absent += [] if glob.glob(os.path.join(checkpoint, "*.safetensors")) else ["model.safetensors"]
+    names = os.listdir(checkpoint) if os.path.isdir(checkpoint) else []
+    if not any(name.endswith(".safetensors") for name in names):
+        absent.append("model.safetensors")
     if absent:
         raise InputError(f"checkpoint {checkpoint} is incomplete, it lacks {', '.join(absent)}: "
                          "point LATEST at a whole one, or start a new run")
-    with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
-        return json.load(file)
+    try:
+        with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
+            counters = json.load(file)
+        return {name: counters[name] for name in ("step", "examples", "data", "reference")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"checkpoint {checkpoint} is damaged, its state.json is not whole: point LATEST at "
+                         "another one, or start a new run") from error
+
+
+def saved_steps(run_dir):
+    """The steps of which a folder holds a checkpoint."""
+    return [int(name[5:]) for name in os.listdir(run_dir) if re.fullmatch(r"step-\d+", name)]
 
 
 @contextlib.contextmanager
@@ -672,13 +715,13 @@ def cut_back(path, keep):
     if not os.path.exists(path):
         return []
     kept = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # bytes: a crash can tear a character
         for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                if keep(record):
+                if line.endswith(b"\n") and isinstance(record, dict) and keep(record):
                     kept.append((line, record))
-    with open(path + ".partial", "w", encoding="utf-8") as file:
+    with open(path + ".partial", "wb") as file:
         file.writelines(line for line, _ in kept)
     sync(path + ".partial")
     os.replace(path + ".partial", path)

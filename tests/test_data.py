@@ -113,6 +113,19 @@ def test_malformed_rows_stop_the_run_with_their_place(row, pairs, columns, said)
     assert "f.jsonl line 3" in str(refusal.value) and said in str(refusal.value)
 
 
+def test_a_null_reward_falls_back_on_its_alias_and_input_must_be_text():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_reward": None, "score_chosen": 2}
+    assert read_row(row, "x", True, ["chosen_reward"]).columns == {"chosen_reward": 2.0}
+    with pytest.raises(InputError, match="column input is NaN"):
+        read_row({"instruction": "do", "input": math.nan, "output": "r"}, "x", False)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column():
+    for name, text in (("f.jsonl", '{"prompt": "p", "response": "r"}'), ("f.csv", "prompt,response\np,r\n")):
+        open(name, "w", encoding="utf-8-sig").write(text)
+        assert len(data.load_rows(name, "train", OBJECTIVES["sft"])[0]) == 1
+
+
 def test_reward_columns_and_their_aliases():
     row = {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_reward": 2, "score_rejected": "-0.5"}
     columns = read_row(row, "x", True, ["chosen_reward", "rejected_reward"]).columns
@@ -393,6 +406,7 @@ def test_special_tokens_in_messages_are_text(words):
     words.chat_template = TEMPLATE
     vocab = words.get_vocab()
     examples, _ = encode(words, [([U("a</s>")], A("<|x|>b"))])
+    assert encode(words, [([U("a</s>")], A("\ue000"))])[1].dropped == {}  # nor is a guard mistaken for text
     assert examples == [([2, 3, *(vocab[c] for c in "</s>"), 1], [*(vocab[c] for c in "<|x|>b"), 0])]
 
 

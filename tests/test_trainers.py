@@ -85,7 +85,8 @@ def test_trajectory_matches_the_obvious_implementation(name, dtype, tolerance, s
         assert metrics["grad_norm"] == pytest.approx(norm, rel=max(tolerance, 1e-9))
         for p, ours in zip(model.parameters(), trainer.policy.parameters()):
             difference = (ours.grad.double() - p.grad).abs().max()
-            assert difference <= tolerance * p.grad.abs().max() * (1 if dtype == "float64" else 10)
+            # float32 weights drift apart by rounding, which RMSprop divides by small gradients
+            assert difference <= tolerance * p.grad.abs().max() * (1 if name == "dpo" or dtype == "float64" else 3)
 
         rate = 1e-5 * min(1, (step + 1) / 3)
         assert metrics["lr"] == rate
@@ -343,11 +344,44 @@ def test_what_is_written(run):
     assert set(lines[1]) == shared | {"grad_norm", "lr", "examples_per_second", "tokens_per_second"}
     assert {"samples/reward", "samples/kl", "samples/length", "samples/win_rate", "samples/well_formed",
             "samples/optimal_reward", "samples/efficiency"} | shared <= set(lines[2])
+    assert lines[1]["epoch"] == 8 / 400 and lines[2]["epoch"] == 8 / 400
+    assert abs(lines[-1]["time"] - time.time()) < 60
     samples = read_lines(f"{folder}/samples.jsonl")
     assert [line["step"] for line in samples] == [0, 0, 2, 2, 4, 4]
     assert {"prompt", "policy", "reference", "chosen", "reward", "well_formed"} <= set(samples[0])
     assert samples[0]["prompt"].startswith("Review of The ") and samples[0]["chosen"].startswith(" The ")
     assert samples[0]["policy"] == samples[0]["reference"] and samples[4]["policy"] != samples[4]["reference"]
+
+
+def test_throughput_counts_each_prompt_and_response_once():
+    trainer = make_trainer("loss=dpo", "batch_size=3")
+    metrics = trainer.train_step()
+    examples = [trainer.train_examples[i] for i in trainers.stream(400, 0, 3, seed=0, shuffle=True)]
+    tokens = sum(len(e.prompt) + len(e.responses[0]) + len(e.responses[1]) for e in examples)
+    trainer.log("train", metrics)
+    assert metrics["tokens_per_second"] / metrics["examples_per_second"] == pytest.approx(tokens / 3)
+    assert 0 < metrics["examples_per_second"] < 1e5
+
+
+def test_sample_length_is_the_mean_number_of_tokens():
+    trainer = make_trainer()
+    lengths = [len(ids) for ids in trainer.generate(trainer.policy, trainer.sample_examples)]
+    assert len(lengths) == 1024 and 1 < sum(lengths) / 1024 < 8  # some end before the 8 of sample_max_tokens
+    assert trainer.sample()["samples/length"] == sum(lengths) / 1024
+
+
+def test_temperature_divides_the_scores():
+    scores = torch.randn(3, 50)
+    hot = trainers.SeededSampling([1, 2, 3], 2.0, 1.0)(None, scores)
+    assert torch.equal(hot, trainers.SeededSampling([1, 2, 3], 1.0, 1.0)(None, scores / 2))
+
+
+def test_known_scores_need_no_optimum():
+    trainer = make_trainer("loss=dpo")
+    trainer.dataset = train.data.Dataset(None, scores=lambda response, finished: {"reward": 1})
+    metrics = trainer.sample()
+    assert metrics["samples/reward"] == 1.0 and metrics["samples/win_rate"] == 0.5
+    assert "samples/optimal_reward" not in metrics
 
 
 def test_sft_has_no_reference_metrics(run):
@@ -554,6 +588,75 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters()))
 
 
+def test_a_checkpoint_that_a_crash_left_ahead_of_latest(run):
+    """Killed between the rename of step-000004 and that of LATEST, with only one checkpoint to be kept."""
+    settings = [*TINY_RUN, "save_every=1", "eval_every=0", "lr_schedule=constant"]
+    whole = run(*settings, "max_steps=4", "run_dir=whole")
+    run(*settings, "max_steps=4", "run_dir=r")
+    os.remove("r/LATEST")
+    os.symlink("step-000002", "r/LATEST")
+    run("resume=true", "run_dir=r", "max_steps=3", "keep_checkpoints=1")
+    assert os.readlink("r/LATEST") == "step-000003"
+    assert sorted(name for name in os.listdir("r") if "step" in name) == ["step-000003", "step-000004"]
+    run("resume=true", "run_dir=r", "max_steps=4")
+    assert same_weights(whole, "r")
+
+
+def test_a_line_torn_within_a_character(run):
+    folder = run(*TINY_RUN, "lr_schedule=constant", "eval_every=0")
+    before = numbers(folder)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(f"{folder}/{name}", "ab") as file:
+            file.write('3\n{"step": 1, "x": "'.encode() + "é".encode()[:1])
+    run("resume=true", f"run_dir={folder}", "max_steps=4")
+    assert numbers(folder)[:3] == before and len(numbers(folder)) == 4
+
+
+@pytest.mark.parametrize("name, content", [("state.pt", b""), ("state.pt", b"PK"), ("state.json", b"{}"),
+                                           ("state.json", b"[]"), ("state.json", b'{"st')])
+def test_damaged_checkpoints_are_refused(name, content, run, refused):
+    folder = run(*TINY_RUN, "eval_every=0")
+    open(f"{folder}/LATEST/trainer_state/{name}", "wb").write(content)
+    assert "is damaged" in refused("resume=true", f"run_dir={folder}")
+
+
+def test_random_state_is_restored(run):
+    folder = run(*TINY_RUN, "eval_every=0")
+    saved = torch.load(f"{folder}/LATEST/trainer_state/state.pt")["rng"]["cpu"]
+    torch.manual_seed(12345)
+    config, checkpoint = train.load_config(["resume=true", f"run_dir={folder}"])
+    train.build_trainer(config, checkpoint)
+    assert torch.equal(torch.get_rng_state(), saved)
+
+
+def test_run_names_that_look_like_patterns_or_numbers(run, refused):
+    for name in ("a[1]", "1e-5", "2024"):
+        folder = run(*TINY_RUN, f"exp_name={name}", "eval_every=0", "lr_schedule=constant")
+        assert "holds a run already" in refused(*TINY_RUN, f"exp_name={name}")
+        run("resume=true", f"exp_name={name}", "max_steps=4")
+        assert os.readlink(f"{folder}/LATEST") == "step-000004"
+
+
+def test_a_run_that_another_process_began_meanwhile():
+    config, checkpoint = train.load_config([*TINY_RUN, "exp_name=race"])
+    assert train.main([*TINY_RUN, "exp_name=race"]) == 0
+    with pytest.raises(InputError, match="holds a run already"), train.lock_folder(config, checkpoint):
+        pass
+
+
+def test_a_model_that_looks_ahead_is_refused(run, sft_run, refused):
+    from transformers import RobertaConfig, RobertaForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    for is_decoder in (False, True):
+        config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                               num_attention_heads=2, is_decoder=is_decoder, max_position_embeddings=600,
+                               initializer_range=1.0)
+        RobertaForCausalLM(config).save_pretrained(f"roberta{is_decoder}")
+        tokenizer.save_pretrained(f"roberta{is_decoder}")
+    assert "is no causal language model" in refused(*TINY_RUN, "model=robertaFalse")
+    make_trainer("model=robertaTrue")
+
+
 def test_what_a_resumed_run_may_not_change(run, sft_run, refused):
     folder = run(*TINY_RUN, "loss=dpo", f"model={sft_run}/LATEST", "lr_schedule=linear")
     for given, old in (("lr=0.5", "lr was 0.002"), ("dpo.beta=0.2", "dpo.beta was 0.1"), ("loss=ipo", "loss was dpo"),
@@ -592,7 +695,7 @@ def test_resume_needs_a_whole_checkpoint(run, refused):
 def test_resume_auto_starts_over_where_nothing_was_saved(run):
     os.makedirs("runs/new")
     write_lines("runs/new/metrics.jsonl", [{"step": 1, "split": "train", "loss": 7.0}])
-    open("runs/new/config.yaml", "w").write("loss: sft\n")
+    open("runs/new/config.yaml", "w").write("loss: sft\nprovenance: {run_id: abc}\n")
     folder = run(*TINY_RUN, "resume=auto", "exp_name=new", "eval_every=0")
     assert [line["step"] for line in read_lines(f"{folder}/metrics.jsonl")] == [1, 2, 3]
     assert losses_of(folder)[0] != 7.0
@@ -629,10 +732,54 @@ def test_latest_moves_only_to_a_whole_folder(monkeypatch):
 # ---------------------------------------------------------------- wandb
 
 
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_wandb(mode, run):
-    folder = run(*TINY_RUN, "loss=dpo", f"wandb={mode}", "eval_every=2")
-    assert os.path.isdir(f"{folder}/wandb") == (mode == "offline")
+def test_wandb_offline(run):
+    folder = run(*TINY_RUN, "loss=dpo", "wandb=offline", "eval_every=2")
+    assert any(name.startswith("offline-run") for name in os.listdir(f"{folder}/wandb"))
+
+
+def test_what_wandb_gets(run, monkeypatch):
+    """A stand-in records the calls: names, the table of samples, and the same id when the run is resumed."""
+    calls, ids = [], []
+
+    class Recorder:
+        Table = staticmethod(lambda columns, data: ("table", columns, data))
+        errors = type("errors", (), {"Error": RuntimeError})
+
+        def init(self, **options):
+            ids.append(options["id"])
+            return self
+
+        def log(self, values):
+            calls.append(values)
+
+        def define_metric(self, *names, **options):
+            pass
+
+        def finish(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "wandb", Recorder())
+    folder = run(*TINY_RUN, "loss=dpo", "wandb=online", "eval_every=2", "lr_schedule=constant")
+    train_call = next(call for call in calls if call["step"] == 1)
+    assert train_call["loss"] == losses_of(folder)[0]
+    evaluated = [call for call in calls if "eval/loss" in call]
+    assert [call["step"] for call in evaluated] == [0, 2, 3]
+    _, columns, rows = next(call["eval/samples"] for call in calls if "eval/samples" in call)
+    assert columns[:3] == ["prompt", "policy", "reward"] and len(rows) == 2
+    run("resume=true", f"run_dir={folder}", "max_steps=4")
+    assert len(ids) == 2 and ids[0] == ids[1]
+
+
+def test_a_failed_wandb_leaves_no_run_behind(run, refused, monkeypatch):
+    class Failing:
+        errors = type("errors", (), {"Error": RuntimeError})
+
+        def init(self, **options):
+            raise RuntimeError("no key")
+
+    monkeypatch.setitem(sys.modules, "wandb", Failing())
+    assert "wandb=online does not start: no key" in refused(*TINY_RUN, "wandb=online")
+    run(*TINY_RUN, "wandb=disabled")
 
 
 def test_wandb_is_not_imported_when_disabled():
