@@ -430,10 +430,10 @@ def print_results(trainer):
     evaluations = [line for line in trainer.records() if line["split"] == "eval"]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        print(f"\n{'evaluation':<24}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}")
+        print(f"\n{'evaluation':<30}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}")
         for name in list(last)[4:]:  # the first four say where, not what
             cells = ("-" if line.get(name) is None else f"{line[name]:.4f}" for line in (first, last))
-            print(f"{name:<24}" + "".join(f"{cell:>14}" for cell in cells))
+            print(f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells))
     if not trainer.saved_step:
         return
     latest = os.path.join(os.path.relpath(config.run_dir), "LATEST")

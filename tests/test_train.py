@@ -257,7 +257,7 @@ def test_what_the_person_sees(run, capsys, sft_run):
     output = capsys.readouterr().out
     for said in ("440,", "parameters in float32 on cpu", "400 of 400 rows used, 0 dropped", "3 of 4 examples",
                  "the model's starting weights", "loss       dpo beta=0.1", "step 0: eval/loss 0.6931",
-                 "evaluation                      step 0        step 3", "checkpoint  runs/dpo/LATEST -> step-000003",
+                 "evaluation                            step 0        step 3", "checkpoint  runs/dpo/LATEST -> step-000003",
                  "next        python -c "):
         assert said in output, said
     code = output.split("next        python ")[1].strip()
