@@ -100,7 +100,7 @@ def toy(split, pairs):
             rows.append({"prompt": prompt, "response": review()})
             continue
         answers = [review(), review()]
-        rewards = [toy_scores(answer, True)["reward"] for answer in answers]
+        rewards = [toy_scores(prompt, answer, True)["reward"] for answer in answers]
         w = 0 if rng.random() < 1 / (1 + math.exp(rewards[1] - rewards[0])) else 1
         rows.append({"prompt": prompt, "chosen": answers[w], "rejected": answers[1 - w],
                      "chosen_reward": rewards[w], "rejected_reward": rewards[1 - w]})
@@ -115,7 +115,7 @@ TOY_WORDS = [words.split() for words in ("brilliant moving clever gripping super
 TOY_REVIEW = re.compile(rf"( The ({'|'.join(TOY_ASPECTS)}) was ({'|'.join(sum(TOY_WORDS, []))})\.){{4}}")
 
 
-def toy_scores(response, finished):
+def toy_scores(prompt, response, finished):
     """True reward of a response: praise minus blame, from -4 to 4, and -4 for what is not well formed.
 
     finished: whether the end-of-sequence token came within the token limit.
@@ -196,8 +196,9 @@ def ultrafeedback(split, pairs):
 class Dataset:
     """load(split, pairs) -> rows: split `train` or `test`; pairs: whether the objective reads pairs.
 
-    Where the reward is known, scores(response, finished) -> dict of floats, `reward` among them, judges
-    samples; optimal_reward(kl) is the best possible one; each evaluation takes num_samples of them.
+    scores(prompt, response, finished) -> dict of floats judges samples, where that can be; a `reward` among
+    them is compared with the reference's. optimal_reward(kl) is the best possible reward at a KL in nats.
+    Each evaluation takes at least num_samples samples.
     """
 
     load: Callable
@@ -359,7 +360,8 @@ def read_row(row, where, pairs, columns=()):
     needed = next((names for names in shapes if all(row.get(name) is not None for name in names)), None)
     if needed is None:
         wanted = "; or ".join(map(", ".join, shapes))
-        raise InputError(f"{where} has the columns {', '.join(map(str, row))}; this objective needs {wanted}")
+        present = ", ".join(str(name) for name, value in row.items() if value is not None)
+        raise InputError(f"{where} has values in the columns {present}; this objective needs {wanted}")
     more = ("input",) if needed[0] == "instruction" and row.get("input") is not None else ()
     for name in needed + more:
         if not is_text(row[name]) and not (is_conversation(row[name]) and name != "input"):

@@ -5,6 +5,7 @@ import copy
 import difflib
 import fcntl
 import importlib.metadata
+import json
 import math
 import os
 import re
@@ -42,8 +43,8 @@ def main(arguments):
             return 0
         write_start(trainer)
         stopped_by = trainer.train()
-    print_results(trainer)
     if not stopped_by:
+        print_results(trainer)
         return 0
     name = stopped_by if stopped_by == "max_hours" else signal.Signals(stopped_by).name
     print(f"Stopped by {name} after step {trainer.step} of {trainer.num_steps}; all is saved. To go on:\n"
@@ -70,6 +71,8 @@ def build_trainer(config, checkpoint=None):
     limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
     train_examples = data.encode(train_rows, train_report, tokenizer, config, end_ids)
     held_out = data.encode(eval_rows, eval_report, tokenizer, config, end_ids, limit)
+    if config.max_steps == 0 and not eval_sources:
+        raise InputError("max_steps=0 only evaluates and samples, and there is nothing to: name eval_data")
     for key, report in (("data", train_report), ("eval_data", eval_report)):
         if not report.used and (eval_sources or key == "data"):
             raise InputError(f"{key} leaves no row to work with: " + "; ".join(report.lines()))
@@ -300,8 +303,9 @@ def find_checkpoint(config):
     names = os.listdir(config.run_dir) if os.path.isdir(config.run_dir) else []
     traces = [name for name in names if re.fullmatch(r"config\.yaml|metrics\.jsonl|LATEST|step-\d+", name)]
     if config.resume is False and traces:
-        raise InputError(f"{config.run_dir} holds a run already: go on with it by resume=true, or choose "
-                         "another exp_name or run_dir")
+        how = "go on with it by resume=true" if "LATEST" in names else "start it over by resume=auto"
+        raise InputError(f"{config.run_dir} holds a run already: {how}, or choose another run_dir or, where "
+                         "that is not set, another exp_name")
     if config.resume is True and not os.path.lexists(latest):
         raise InputError(f"{config.run_dir} has no complete checkpoint to resume: resume=auto would start at "
                          "step 0 there")
@@ -419,21 +423,23 @@ def print_summary(trainer, dropouts, reports):
     tokenizer = trainer.tokenizer
     if not config.add_bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's "
-                              "prompts do not: see add_bos"))
+                              "prompts do not; if the model was trained so, set add_bos=true"))
     for name, text in lines:
         print(f"{name:<10} {text}")
 
 
 def print_results(trainer):
-    """First and last evaluation side by side, where the checkpoint is, and what to run next."""
-    config = trainer.config
-    evaluations = [line for line in trainer.records() if line["split"] == "eval"]
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        print(f"\n{'evaluation':<30}{'step ' + str(first['step']):>14}{'step ' + str(last['step']):>14}")
-        for name in list(last)[4:]:  # the first four say where, not what
-            cells = ("-" if line.get(name) is None else f"{line[name]:.4f}" for line in (first, last))
-            print(f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells))
+    """First and last evaluation (or training step) side by side, the checkpoint, and what to run next."""
+    config, records = trainer.config, trainer.records()
+    for split, title in (("eval", "evaluation"), ("train", "training")):
+        lines = [line for line in records if line["split"] == split]
+        if lines:
+            shown = lines if len(lines) == 1 else [lines[0], lines[-1]]
+            print(f"\n{title:<30}" + "".join(f"{'step ' + str(line['step']):>14}" for line in shown))
+            for name in list(shown[-1])[4:]:  # the first four say where, not what
+                cells = ("-" if line.get(name) is None else f"{line[name]:.4f}" for line in shown)
+                print(f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells))
+            break
     if not trainer.saved_step:
         return
     latest = os.path.join(os.path.relpath(config.run_dir), "LATEST")
@@ -441,11 +447,15 @@ def print_results(trainer):
     if trainer.objective.needs_pairs:
         shortest = min(trainer.train_examples, key=lambda example: len(example.prompt))
         prompt = trainer.tokenizer.decode(shortest.prompt)
-        code = f"print(pipeline('text-generation', {latest!r})({prompt!r})[0]['generated_text'])"
-        print("next        python -c " + shlex.quote(f"from transformers import pipeline; {code}"))
+        answer = f'pipeline("text-generation", {json.dumps(latest)})({json.dumps(prompt)})'
+        code = f'from transformers import pipeline; print({answer}[0]["generated_text"])'
+        print("next        python -c " + shlex.quote(code))
     else:
         following = next(name for name, objective in OBJECTIVES.items() if objective.needs_pairs)
-        print(f"next        python train.py loss={following} model={shlex.quote(latest)}")
+        settings = f"lr=2e-4 num_epochs=1 {following}.beta=1 {following}.sft_weight=0.05"  # the README's
+        if config.data != "toy":
+            settings = "lr=5e-7 lr_schedule=constant data=<pairs of chosen and rejected>"
+        print(f"next        python train.py loss={following} model={shlex.quote(latest)} {settings}")
 
 
 if __name__ == "__main__":

@@ -412,8 +412,9 @@ class Trainer:
         what = "the examples whose loss is not finite" if bad else "each example's loss is finite; the batch"
         bad = bad or [example.where for batch in batches for example in batch]
         numbers = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-        return (f"step {self.step + 1}: {numbers}; {what}: {', '.join(bad)}. The weights were not touched; "
-                f"the last checkpoint is that of step {self.saved_step}. A lower lr may help.")
+        saved = "nothing is saved yet" if self.saved_step is None else f"step {self.saved_step} is saved"
+        return (f"step {self.step + 1}: {numbers}; {what}: {', '.join(bad)}. The weights were not touched, "
+                f"{saved}. A lower lr may help.")
 
     # ------------------------------------------------------------ evaluation and samples
 
@@ -451,7 +452,7 @@ class Trainer:
                 finished = len(ids) > 0 and ids[-1] in self.end_ids
                 record[who] = self.tokenizer.decode(ids[:-1] if finished else ids)
                 if self.dataset and who != "chosen":
-                    scores = self.dataset.scores(record[who], finished)
+                    scores = self.dataset.scores(record["prompt"], record[who], finished)
                     prefix = "" if who == "policy" else "reference_"
                     record |= {prefix + name: float(value) for name, value in scores.items()}
         if self.dataset:
@@ -465,7 +466,7 @@ class Trainer:
         names = [name for name, value in records[0].items() if isinstance(value, float)]
         metrics = {f"samples/{name}": sum(record[name] for record in records) / len(records)
                    for name in names}
-        if kl is not None:
+        if kl is not None and "reward" in records[0]:
             gaps = [record["reward"] - record["reference_reward"] for record in records]
             metrics["samples/win_rate"] = sum((gap > 0) + (gap == 0) / 2 for gap in gaps) / len(gaps)
         if kl is not None and self.dataset.optimal_reward:
@@ -475,10 +476,11 @@ class Trainer:
 
     def show_samples(self, records):
         self.write("samples.jsonl", [{"step": self.step, **record} for record in records])
-        for record in records:
-            tqdm.write("")
+        for number, record in enumerate(records, 1):
+            tqdm.write(f"\nsample {number} of {len(records)} at step {self.step}")
             for name, value in record.items():
                 text = " ".join(str(value).split())
+                text = "".join(character if character.isprintable() else "\ufffd" for character in text)
                 if len(text) > 300:  # of a prompt the end says more
                     text = f"... {text[-300:]}" if name == "prompt" else f"{text[:300]} ..."
                 tqdm.write(f"{name:<22}{text}")

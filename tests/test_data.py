@@ -96,7 +96,7 @@ def test_what_the_objective_does_not_read_does_not_drop_a_row():
 
 @pytest.mark.parametrize("row, pairs, columns, said", [
     ([1], True, (), "list, not an object"),
-    ({"prompt": "p", "chosen": "c"}, True, (), "has the columns prompt, chosen; this objective needs prompt, chosen, "),
+    ({"prompt": "p", "chosen": "c"}, True, (), "has values in the columns prompt, chosen; this objective needs prompt, chosen, "),
     ({"prompt": "p", "chosen": 3, "rejected": "r"}, True, (), "column chosen is 3"),
     ({"prompt": "p", "chosen": "c", "rejected": [A("r")]}, True, (), "both be text or both be lists"),
     ({"messages": [{"role": "user"}]}, False, (), "column messages is"),
@@ -268,11 +268,11 @@ def test_any_hub_id_with_a_split(tmp_path):
 def test_toy_scores():
     praise = " The plot was superb. The acting was fresh. The camera was moving. The plot was clever."
     mixed = " The plot was superb. The acting was dull. The camera was moving. The plot was clever."
-    assert data.toy_scores(praise, True) == {"reward": 4.0, "well_formed": 1.0}
-    assert data.toy_scores(mixed, True) == {"reward": 2.0, "well_formed": 1.0}
+    assert data.toy_scores("", praise, True) == {"reward": 4.0, "well_formed": 1.0}
+    assert data.toy_scores("", mixed, True) == {"reward": 2.0, "well_formed": 1.0}
     for text, finished in ((praise, False), (praise[1:], True), (praise + " The plot was fresh.", True),
                            (praise.replace("superb", "nice"), True), (praise + " ", True), ("", True)):
-        assert data.toy_scores(text, finished) == {"reward": -4.0, "well_formed": 0.0}
+        assert data.toy_scores("", text, finished) == {"reward": -4.0, "well_formed": 0.0}
 
 
 def test_toy_rows():
@@ -280,7 +280,7 @@ def test_toy_rows():
     assert rows == data.toy("train", True) and rows != data.toy("test", True)
     for row in rows[:500]:
         for name in ("chosen", "rejected"):
-            assert data.toy_scores(row[name], True) == {"reward": row[f"{name}_reward"], "well_formed": 1.0}
+            assert data.toy_scores("", row[name], True) == {"reward": row[f"{name}_reward"], "well_formed": 1.0}
     # Bradley-Terry: of pairs 2 apart the better is chosen with probability 1 / (1 + e^-2) = 0.881
     gaps = [row["chosen_reward"] - row["rejected_reward"] for row in rows]
     share = gaps.count(2) / (gaps.count(2) + gaps.count(-2))

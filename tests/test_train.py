@@ -134,7 +134,7 @@ BAD_INPUT = [
     (["data=toyy"], "'toyy' cannot be read, did you mean toy?"),
     (["data=none.jsonl"], "'none.jsonl' cannot be read, no such file"),
     (["data=bad.jsonl"], "bad.jsonl line 2 is not JSON"),
-    (["data=single.jsonl", "loss=dpo"], "single.jsonl line 1 has the columns prompt, response; this objective needs"),
+    (["data=single.jsonl", "loss=dpo"], "single.jsonl line 1 has values in the columns prompt, response; this objective needs"),
     (["data=typed.jsonl"], "typed.jsonl line 1: column response is 3; it must be text"),
     (["data=pairs.jsonl", "loss=rpo"], "pairs.jsonl line 1: the objective needs a column chosen_reward"),
     (["data=chat.jsonl"], "chat.jsonl line 1 is a list of messages, but the tokenizer has no chat template"),
@@ -149,7 +149,8 @@ BAD_INPUT = [
     (["add_bos=true"], "add_bos=true, but the tokenizer of tiny has no begin-of-sequence token"),
     (["max_length=4096"], "max_length=4096 is beyond the 2048 positions of tiny"),
     (["attention=sdpaa"], "the model tiny cannot be loaded"),
-    (["exp_name=taken"], "taken holds a run already: go on with it by resume=true"),
+    (["exp_name=taken"], "taken holds a run already: start it over by resume=auto"),
+    (["data=single.jsonl", "max_steps=0"], "max_steps=0 only evaluates and samples, and there is nothing to"),
     (["resume=true"], "has no complete checkpoint to resume"),
 ]
 
@@ -269,7 +270,14 @@ def test_a_file_without_evaluation_says_so(run, capsys):
     write_lines("r.jsonl", [{"prompt": "p", "response": "r"}] * 3)
     run("data=r.jsonl", "batch_size=2")
     output = capsys.readouterr().out
-    assert "none, so no evaluation" in output and "python train.py loss=dpo model=runs/sft/LATEST" in output
+    assert "none, so no evaluation" in output and "python train.py loss=dpo model=runs/sft/LATEST lr=5e-7" in output
+    assert "training                              step 1        step 3" in output
+
+
+def test_the_next_command_on_toy_is_the_readmes(run, capsys):
+    run("max_steps=1", "eval_every=0")
+    following = capsys.readouterr().out.split("next        ")[1].strip()
+    assert following in README
 
 
 # ---------------------------------------------------------------- README
@@ -314,12 +322,6 @@ def test_readme_commands_run(command, run, sft_run):
     run(*arguments, "max_steps=2", "batch_size=2", "num_eval_examples=4", "sample_max_tokens=4", "max_length=400",
         "exp_name=readme", "wandb=disabled", "lr_schedule=constant")
     assert len(losses_of("runs/readme")) == 2 or settings.get("max_steps") == "0"
-
-
-def test_every_objective_stands_in_the_readme():
-    commands = " ".join(readme_commands())
-    for name in OBJECTIVES:
-        assert f"loss={name}" in commands or name == "sft"
 
 
 def test_adding_a_loss_and_a_dataset_as_the_readme_says(tmp_path):

@@ -378,10 +378,12 @@ def test_temperature_divides_the_scores():
 
 def test_known_scores_need_no_optimum():
     trainer = make_trainer("loss=dpo")
-    trainer.dataset = train.data.Dataset(None, scores=lambda response, finished: {"reward": 1})
+    trainer.dataset = train.data.Dataset(None, scores=lambda prompt, response, finished: {"reward": 1})
     metrics = trainer.sample()
     assert metrics["samples/reward"] == 1.0 and metrics["samples/win_rate"] == 0.5
     assert "samples/optimal_reward" not in metrics
+    trainer.dataset = train.data.Dataset(None, scores=lambda prompt, response, finished: {"titled": ":" in prompt})
+    assert trainer.sample()["samples/titled"] == 1.0
 
 
 def test_sft_has_no_reference_metrics(run):
