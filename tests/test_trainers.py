@@ -136,7 +136,7 @@ def test_bfloat16_computes_on_float32_weights():
 
 def test_activation_checkpointing_changes_nothing():
     plain, checkpointed = make_trainer("loss=dpo"), make_trainer("loss=dpo", "activation_checkpointing=true")
-    assert checkpointed.policy.is_gradient_checkpointing and not plain.policy.is_gradient_checkpointing
+    assert checkpointed.policy.is_activation_checkpointing and not plain.policy.is_activation_checkpointing
     assert plain.train_step()["grad_norm"] == pytest.approx(checkpointed.train_step()["grad_norm"], rel=1e-6)
 
 
