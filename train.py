@@ -421,7 +421,7 @@ def print_summary(trainer, dropouts, reports):
     lines.append(("steps", f"{trainer.num_steps:,} of {config.batch_size} examples; {num_tokens:,} tokens an "
                            "epoch"))
     tokenizer = trainer.tokenizer
-    if not config.add_bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+    if not config.add_bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's "
                               "prompts do not; if the model was trained so, set add_bos=true"))
     for name, text in lines:
@@ -454,7 +454,8 @@ def print_results(trainer):
         following = next(name for name, objective in OBJECTIVES.items() if objective.needs_pairs)
         settings = f"lr=2e-4 num_epochs=1 {following}.beta=1 {following}.sft_weight=0.05"  # the README's
         if config.data != "toy":
-            settings = "lr=5e-7 lr_schedule=constant data=<pairs of chosen and rejected>"
+            sources = config.data if isinstance(config.data, str) else f"[{','.join(config.data)}]"
+            settings = f"lr=5e-7 lr_schedule=constant data={shlex.quote(sources)}"
         print(f"next        python train.py loss={following} model={shlex.quote(latest)} {settings}")
 
 
