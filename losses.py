@@ -153,7 +153,7 @@ class Objective:
 
 
 OBJECTIVES = {
-    "sft": Objective(sft_loss, needs_pairs=False, needs_reference=False, average="tokens"),
+    "sft": Objective(sft_loss, needs_pairs=False, needs_reference=False),
     "dpo": Objective(dpo_loss, needs_pairs=True, needs_reference=True),
     "ipo": Objective(ipo_loss, needs_pairs=True, needs_reference=True,
                      columns=("chosen_length", "rejected_length")),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
                           LogitsProcessor, TopPLogitsWarper)
 
-from data import Example, InputError, collate, first_line, microbatches, stream, train_tokenizer
+from data import InputError, collate, first_line, microbatches, stream, train_tokenizer
 from losses import OBJECTIVES
 
 START = time.monotonic()  # max_hours counts from here
@@ -72,8 +72,7 @@ def load_model(path, model_config, config, tokenizer):
     """The causal language model at `path`, on this run's device. Raises InputError if it is not whole."""
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention,
                "trust_remote_code": config.trust_remote_code}
-    with refusing(f"the model {path}"), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with refusing(f"the model {path}"):
         if path == "tiny":
             model = AutoModelForCausalLM.from_config(model_config, **options)
         else:
@@ -469,9 +468,10 @@ class Trainer:
         if kl is not None and "reward" in records[0]:
             gaps = [record["reward"] - record["reference_reward"] for record in records]
             metrics["samples/win_rate"] = sum((gap > 0) + (gap == 0) / 2 for gap in gaps) / len(gaps)
-        if kl is not None and self.dataset.optimal_reward:
-            optimum = metrics["samples/optimal_reward"] = self.dataset.optimal_reward(kl)
-            metrics["samples/efficiency"] = metrics["samples/reward"] / optimum if optimum >= 0.5 else None
+            if self.dataset.optimal_reward:
+                reward, optimum = metrics["samples/reward"], self.dataset.optimal_reward(kl)
+                metrics["samples/optimal_reward"] = optimum
+                metrics["samples/efficiency"] = reward / optimum if optimum >= 0.5 else None
         return metrics
 
     def show_samples(self, records):
@@ -665,7 +665,7 @@ class SeededSampling(LogitsProcessor):
 
 
 def read_counters(checkpoint):
-    """step, examples and reference of a checkpoint. Raises InputError if the folder is not whole."""
+    """Step, examples and fingerprints of a checkpoint. Raises InputError if the folder is not whole."""
     needed = ("config.json", "trainer_state/state.json", "trainer_state/state.pt")
     absent = [name for name in needed if not os.path.isfile(os.path.join(checkpoint, name))]
     names = os.listdir(checkpoint) if os.path.isdir(checkpoint) else []

@@ -297,10 +297,18 @@ def test_the_readme_has_its_two_commands_first():
         assert block.count("\n") == 1 and block.startswith("pip install -r requirements.txt && ") and end in block
 
 
+def test_readme_commands_do_not_meet_in_one_folder():
+    """Copied one after the other they all run: none finds the folder of an earlier one."""
+    commands = [dict(part.split("=", 1) for part in shlex.split(command)[2:] if "=" in part)
+                for command in readme_commands()]
+    names = [settings.get("exp_name", settings.get("loss", "sft")) for settings in commands if "resume" not in settings]
+    assert len(names) > 8 and len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_run(command, run, sft_run):
     """On the tiny model and few rows; what a command names and this machine lacks is put in its place."""
-    for name in ("sft", "pythia-sft"):
+    for name in ("sft", "mine-sft", "pythia-sft"):
         os.makedirs(f"runs/{name}")
         shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), f"runs/{name}/LATEST")
     arguments = shlex.split(command)[2:]

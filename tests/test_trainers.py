@@ -1,7 +1,6 @@
 """The step against an obvious float64 implementation, splits, evaluation, sampling, saving, stopping, resuming."""
 
 import copy
-import json
 import math
 import os
 import random
@@ -729,6 +728,34 @@ def test_latest_moves_only_to_a_whole_folder(monkeypatch):
     run_dir = trainer.config.run_dir
     assert os.readlink(f"{run_dir}/LATEST") == "step-000000" and not os.path.exists(f"{run_dir}/step-000001")
     assert AutoModelForCausalLM.from_pretrained(f"{run_dir}/LATEST")
+
+
+def test_what_is_on_the_disk_before_latest_moves(monkeypatch):
+    """Records and files are synced before the folder takes its name, and that before LATEST moves."""
+    trainer = make_trainer("eval_every=0")
+    trainer.log("train", trainer.train_step())
+    steps, opened = [], {}
+    real = {name: getattr(os, name) for name in ("open", "fsync", "rename", "replace")}
+
+    def open_file(path, *arguments, **options):
+        number = real["open"](path, *arguments, **options)
+        opened[number] = str(path)
+        return number
+
+    def fsync(number):
+        steps.append(("fsync", os.path.basename(opened[number])))
+        real["fsync"](number)
+
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, lambda a, b, name=name: (
+            steps.append((name, os.path.basename(b))), real[name](a, b)))
+    trainer.save()
+    renamed, moved = steps.index(("rename", "step-000001")), steps.index(("replace", "LATEST"))
+    for name in ("metrics.jsonl", "model.safetensors", "state.pt", "trainer_state", ".step-000001.partial"):
+        assert steps.index(("fsync", name)) < renamed
+    assert renamed < steps.index(("fsync", "sft")) < moved < len(steps) - 1 and steps[-1] == ("fsync", "sft")
 
 
 # ---------------------------------------------------------------- wandb
