@@ -17,8 +17,9 @@ import math
 import os
 import random
 import re
+import string
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import jinja2
@@ -62,6 +63,7 @@ class Report:
     used: int = 0
     cut: int = 0
     dropped: dict = field(default_factory=dict)  # reason -> places ("train.jsonl line 87")
+    unused_attributes: int = 0  # rows with attributes that no template puts into their prompts
     fingerprint: str = ""  # sha256 of the rows that could be read, in order
 
     def drop(self, reason, where):
@@ -76,6 +78,8 @@ class Report:
         for reason, places in self.dropped.items():
             more = f" and {len(places) - 5:,} more" if len(places) > 5 else ""
             yield f"  dropped {len(places):,}: {reason} ({', '.join(places[:5])}{more})"
+        if self.unused_attributes:
+            yield f"  {self.unused_attributes:,} have attributes, unused: attribute_template is null"
 
 
 # ---------------------------------------------------------------- sources: a name, a hub id, a file
@@ -327,19 +331,26 @@ class TextRow:
         return not isinstance(self.prompt, str)
 
 
-def load_rows(sources, split, objective):
-    """Reads sources (names, hub ids, files) into TextRows that this objective can use, and a Report."""
+def load_rows(sources, split, objective, template=None, attributes=None, may_lack_columns=False):
+    """Reads sources (names, hub ids, files) into TextRows that this objective can use, and a Report.
+
+    template puts a row's attributes into its prompt, laid over by `attributes`; see add_attributes. A number
+    that the objective needs and a row lacks is refused, or with may_lack_columns None.
+    """
     rows, report, digest = [], Report(), hashlib.sha256()
     columns = [name for name in objective.columns if name not in COMPUTED_COLUMNS]
-    for where, row in itertools.chain.from_iterable(load_source(name, split, objective.needs_pairs)
-                                                    for name in as_list(sources)):
+    for where, source in itertools.chain.from_iterable(load_source(name, split, objective.reads_pairs)
+                                                       for name in as_list(sources)):
         report.rows += 1
         try:
-            rows.append(read_row(row, where, objective.needs_pairs, columns))
+            row = read_row(source, where, objective.reads_pairs, columns, may_lack_columns)
         except Dropped as reason:
             report.drop(reason, where)
             continue
-        row = rows[-1]
+        if template:
+            row = add_attributes(row, template, source.get("attributes"), attributes or {})
+        report.unused_attributes += isinstance(source.get("attributes"), dict) and not template
+        rows.append(row)
         try:
             digest.update(json.dumps([row.prompt, row.responses, row.columns], ensure_ascii=False).encode())
         except UnicodeEncodeError as error:
@@ -348,10 +359,11 @@ def load_rows(sources, split, objective):
     return rows, report
 
 
-def read_row(row, where, pairs, columns=()):
+def read_row(row, where, pairs, columns=(), may_lack_columns=False):
     """A dataset row of any shape in SHAPES, by the columns that the objective reads alone.
 
-    Raises Dropped for a row that cannot be trained on, InputError for one that is malformed.
+    may_lack_columns: an absent number is None. Raises Dropped for a row that cannot be trained on, InputError
+    for one that is malformed.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type(row).__name__}, not an object with named columns")
@@ -384,7 +396,8 @@ def read_row(row, where, pairs, columns=()):
             raise Dropped(f"{name} is white space only")
     if pairs and answers[0] == answers[1]:
         raise Dropped(f"{shape[1]} and {shape[2]} are equal")
-    return TextRow(where, prompt, tuple(answers), {name: read_number(row, where, name) for name in columns})
+    return TextRow(where, prompt, tuple(answers),
+                   {name: read_number(row, where, name, may_lack_columns) for name in columns})
 
 
 def is_text(value):
@@ -430,12 +443,44 @@ def split_conversations(prompt, answers):
     return prompts[0], messages
 
 
-def read_number(row, where, name):
+def add_attributes(row, template, attributes, more):
+    """The TextRow with its attributes, a mapping, in its prompt; in a chat in the prompt's last message.
+
+    template: "{prompt}" stands for that text, "{attributes}" for all as name:value,name:value, and "{name}"
+    for one (SteerLM, arXiv:2310.05344). more: values that go before the row's own.
+    """
+    if not isinstance(attributes or {}, dict):
+        value = json.dumps(attributes, default=str)[:60]
+        raise InputError(f"{row.where}: column attributes is {value}; it must map names to values")
+    values = {name: value for name, value in (attributes or {}).items() if value is not None} | more
+    text = row.prompt[-1]["content"] if row.is_chat else row.prompt
+    everything = ",".join(f"{name}:{value}" for name, value in values.items())
+    absent = sorted(template_fields(template) - {"prompt", "attributes", *values})
+    if absent or not values:
+        raise InputError(f"{row.where} has no {absent[0] if absent else 'value'} in its column attributes, "
+                         "which attribute_template needs: add it, or change the template")
+    try:
+        text = template.format(**values | {"prompt": text, "attributes": everything})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{row.where}: attribute_template does not fit its attributes: {error}") from error
+    prompt = [*row.prompt[:-1], row.prompt[-1] | {"content": text}] if row.is_chat else text
+    return replace(row, prompt=prompt)
+
+
+def template_fields(template):
+    """The names in a template's braces. Raises ValueError for one that is malformed."""
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+
+
+def read_number(row, where, name, may_lack=False):
     """The float in column `name`, or in its alias."""
     value = row.get(COLUMN_ALIASES.get(name)) if row.get(name) is None else row[name]
+    if value is None and may_lack:
+        return None
     if value is None:
         alias = f" (or {COLUMN_ALIASES[name]})" if name in COLUMN_ALIASES else ""
-        raise InputError(f"{where}: the objective needs a column {name}{alias}, a number; "
+        helps = ", or reward_model= to fill it" if "reward" in name else ""
+        raise InputError(f"{where}: the objective needs a column {name}{alias}, a number{helps}; "
                          f"the row has {', '.join(map(str, row))}")
     try:
         number = float("nan") if isinstance(value, bool) else float(value)

@@ -1,14 +1,16 @@
 """What is the maths? Tensors in, tensors out.
 
-B: examples in a batch. logps: (B,) float, log-probabilities in nats, summed over a response's tokens
-with its end-of-sequence token, never averaged. policy: the model in training, pi. reference: the frozen
-model, ref. beta: how strongly the policy is tied to the reference. Every loss has the form
+B: examples in a batch. N: response tokens in it. V: vocabulary. logps: (B,) float, log-probabilities in
+nats, summed over a response's tokens with its end-of-sequence token, never averaged. policy: the model in
+training, pi. reference: the frozen model, ref. beta: how strongly the policy is tied to the reference.
+Every loss has the form
 
     loss(policy_chosen_logps[, policy_rejected_logps][, reference_chosen_logps, reference_rejected_logps],
          *, <columns of the data>, <keys of its block in config.yaml>) -> losses, metrics
 
-with losses (B,), which carry the gradient, and metrics, a dict of detached (B,) tensors. Nothing here
-averages over examples; the trainer does, once, over the whole global batch. Throughout,
+with losses (B,), which carry the gradient, and metrics, a dict of detached (B,) tensors; a reward model's
+takes scores (B,) instead, distillation's logits (N, V), and gives losses (N,). Nothing here averages over
+examples or tokens; the trainer does, once, over the whole global batch. Throughout,
 
     h = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)],  w chosen, l rejected.
 """
@@ -102,6 +104,72 @@ def rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
                              policy_chosen_logps, policy_rejected_logps, sft_weight)
 
 
+def spin_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+              *, beta, sft_weight=0.0):
+    """SPIN, self-play fine-tuning (Chen et al. 2024, arXiv:2401.01335, Eq. 4.7 with the logistic loss).
+
+    DPO's formula: chosen is the data's response, rejected the opponent's own sample, reference the opponent,
+    the policy as it was when the iteration began. The paper's lambda is `beta`.
+    logps: (B,) float, nats summed over response tokens. Returns losses (B,) and metrics.
+    Raises ValueError if beta <= 0 or sft_weight < 0.
+    """
+    return dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+                    reference_rejected_logps, beta=beta, sft_weight=sft_weight)
+
+
+def rm_loss(policy_chosen_scores, policy_rejected_scores, *, center_weight=0.0):
+    """A reward model's Bradley-Terry loss (Ouyang et al. 2022, arXiv:2203.02155, Eq. 1).
+
+        -log sigmoid(r(x, y_w) - r(x, y_l)) + center_weight (r(x, y_w) + r(x, y_l))^2
+
+    The second term ties the mean reward, which pairs leave open, to 0 (Eisenstein et al. 2023,
+    arXiv:2312.09244, Eq. 2). scores: (B,) float, r, the scalar head's output at each response's last token.
+    Returns losses (B,) and metrics. `rewards/mean` and `rewards/mean_square` are over both responses of a
+    pair; from their averages the trainer makes `rewards/std`, the spread over all responses.
+    Raises ValueError if center_weight < 0.
+    """
+    check(center_weight >= 0, "center_weight", center_weight, "at least 0")
+    margins = policy_chosen_scores - policy_rejected_scores
+    sums = policy_chosen_scores + policy_rejected_scores
+    metrics = {
+        "rewards/chosen": policy_chosen_scores,
+        "rewards/rejected": policy_rejected_scores,
+        "rewards/accuracies": (margins > 0).to(margins.dtype),
+        "rewards/margins": margins,
+        "rewards/mean": sums / 2,
+        "rewards/mean_square": (policy_chosen_scores.square() + policy_rejected_scores.square()) / 2,
+    }
+    losses = -F.logsigmoid(margins) + center_weight * sums.square()
+    return losses, {name: value.detach() for name, value in metrics.items()}
+
+
+def kd_loss(policy_logits, reference_logits, targets,
+            *, divergence="fwd_kl", temperature=1.0, sft_weight=0.0):
+    """Distillation, token by token (Hinton et al. 2015, arXiv:1503.02531; NeMo-Aligner).
+
+        fwd_kl  KL(reference || policy), summed over the vocabulary: the student covers the teacher
+        bwd_kl  KL(policy || reference): the student seeks the teacher's modes
+
+    The reference is the teacher. The names are NeMo-Aligner's, which in RPO's go the other way round.
+    Both distributions are softmax(logits / temperature); the loss is that KL itself, without Hinton's factor
+    of temperature^2, so its gradient shrinks as the temperature grows. sft_weight adds that many times
+    -log pi(target) at temperature 1.
+    logits: (N, V) float. targets: (N,) int64, the data's tokens. Returns losses (N,), in nats, and metrics
+    (N,). Raises ValueError if temperature <= 0, sft_weight < 0 or the divergence is unknown.
+    """
+    check(temperature > 0, "temperature", temperature, "above 0")
+    check(sft_weight >= 0, "sft_weight", sft_weight, "at least 0")
+    check(divergence in ("fwd_kl", "bwd_kl"), "divergence", divergence, "fwd_kl or bwd_kl")
+    policy = (policy_logits / temperature).log_softmax(-1)
+    reference = (reference_logits / temperature).log_softmax(-1)
+    p, q = (reference, policy) if divergence == "fwd_kl" else (policy, reference)
+    losses = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # torch's KL(p || q)
+    if sft_weight == 0:
+        return losses, {}
+    sft_losses = F.cross_entropy(policy_logits, targets, reduction="none")
+    return losses + sft_weight * sft_losses, {"kd_loss": losses.detach(), "sft_loss": sft_losses.detach()}
+
+
 def bernoulli_kl(a, b):
     """KL between coins of odds e^a and e^b, in nats: (B,), (B,) -> (B,)."""
     return (a.sigmoid() * (F.logsigmoid(a) - F.logsigmoid(b))
@@ -140,6 +208,10 @@ def check(allowed, name, value, rule):
 class Objective:
     """What the rest of the code asks about a loss; it never asks for a loss by name.
 
+    needs_pairs: the loss takes two responses. needs_reference: and the frozen model's view of them. inputs:
+    what it takes of the models: `logps` of responses, a scalar head's `scores`, or the `logits` of tokens.
+    needs_teacher: the reference must be named in the config. self_play: the rejected responses are the
+    policy's own, sampled anew in each iteration, and the reference is the policy at the iteration's start.
     columns: keyword tensors (B,) that `loss` takes besides the keys of its config block, from the data or,
     for data.COMPUTED_COLUMNS, from the batch. average: what a batch's losses are divided by, its `examples`
     or its response `tokens`; a key `average` in the loss's config block overrides it.
@@ -150,6 +222,14 @@ class Objective:
     needs_reference: bool
     columns: tuple = ()
     average: str = "examples"
+    inputs: str = "logps"
+    needs_teacher: bool = False
+    self_play: bool = False
+
+    @property
+    def reads_pairs(self):
+        """Whether a row must bring both responses."""
+        return self.needs_pairs and not self.self_play
 
 
 OBJECTIVES = {
@@ -159,4 +239,8 @@ OBJECTIVES = {
                      columns=("chosen_length", "rejected_length")),
     "rpo": Objective(rpo_loss, needs_pairs=True, needs_reference=True,
                      columns=("chosen_reward", "rejected_reward")),
+    "spin": Objective(spin_loss, needs_pairs=True, needs_reference=True, self_play=True),
+    "rm": Objective(rm_loss, needs_pairs=True, needs_reference=False, inputs="scores"),
+    "kd": Objective(kd_loss, needs_pairs=False, needs_reference=True, needs_teacher=True, inputs="logits",
+                    average="tokens"),
 }

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import difflib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import math
@@ -30,6 +31,7 @@ MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while
     "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
     "activation_checkpointing")
+PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
 
 
 def main(arguments):
@@ -38,7 +40,7 @@ def main(arguments):
     trainer = build_trainer(config, checkpoint)
     with lock_folder(config, checkpoint):
         trainer.restore_records()
-        if checkpoint and trainer.step >= trainer.num_steps and not trainer.eval_is_due():
+        if checkpoint and trainer.is_finished and not trainer.eval_is_due():
             print(f"This run is finished: its last step, {trainer.step}, is in {checkpoint}.")
             return 0
         write_start(trainer)
@@ -58,8 +60,10 @@ def build_trainer(config, checkpoint=None):
     objective = OBJECTIVES[config.loss]
     named = [name for name in as_list(config.data) if name in DATASETS]
     eval_sources = as_list(config.eval_data) or named
-    train_rows, train_report = data.load_rows(config.data, "train", objective)
-    eval_rows, eval_report = data.load_rows(eval_sources, "test", objective)
+    load = functools.partial(data.load_rows, objective=objective, template=config.attribute_template,
+                             may_lack_columns=config.reward_model is not None)
+    train_rows, train_report = load(config.data, "train")
+    eval_rows, eval_report = load(eval_sources, "test")
 
     model_path = checkpoint or config.model
     tokenizer = trainers.load_tokenizer(checkpoint or config.tokenizer or config.model, train_rows, config)
@@ -68,19 +72,27 @@ def build_trainer(config, checkpoint=None):
 
     judge = known_rewards(eval_sources)
     num_prompts = max(config.num_samples, judge.num_samples if judge else 0)
+    num_prompts = 0 if objective.inputs == "scores" else num_prompts  # a reward model writes nothing
     limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
     train_examples = data.encode(train_rows, train_report, tokenizer, config, end_ids)
     held_out = data.encode(eval_rows, eval_report, tokenizer, config, end_ids, limit)
+    sample_examples = held_out[:num_prompts]
+    if config.sample_attributes:
+        rows, report = load(eval_sources, "test", attributes=config.sample_attributes)
+        sample_examples = data.encode(rows, report, tokenizer, config, end_ids, num_prompts)
     if config.max_steps == 0 and not eval_sources:
         raise InputError("max_steps=0 only evaluates and samples, and there is nothing to: name eval_data")
     for key, report in (("data", train_report), ("eval_data", eval_report)):
         if not report.used and (eval_sources or key == "data"):
             raise InputError(f"{key} leaves no row to work with: " + "; ".join(report.lines()))
 
-    policy = trainers.load_model(model_path, model_config, config, tokenizer)
+    head = "new scores" if objective.inputs == "scores" else None
+    policy = trainers.load_model(model_path, model_config, config, tokenizer, head)
     reference = load_reference(config, checkpoint, policy, tokenizer) if objective.needs_reference else None
+    reward_model = load_other("reward_model", config.reward_model, config, tokenizer, "scores")
     trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, train_examples,
-                               train_report.fingerprint, held_out, num_prompts, judge, checkpoint)
+                               train_report.fingerprint, held_out[:config.num_eval_examples], sample_examples,
+                               judge, reward_model, checkpoint)
     print_summary(trainer, dropouts, {"data": train_report, "eval data": eval_report})
     return trainer
 
@@ -222,7 +234,7 @@ def fits(value, rule):
     if type(value) is not kinds[kind]:
         return False
     if kind == "list":
-        return len(value) > 0 and all(isinstance(item, str) for item in value)
+        return len(value) > 0 and all(fits(item, bound.removeprefix("of ")) for item in value)
     if kind == "float" and not math.isfinite(value):
         return False
     if interval := re.fullmatch(r"in ([\[(])(.+), (.+)([\])])", bound):
@@ -244,7 +256,7 @@ def as_namespace(flat):
             setattr(config, key, value)
     config.exp_name = config.exp_name or config.loss
     config.run_dir = os.path.realpath(config.run_dir or os.path.join("runs", config.exp_name))
-    for key in ("model", "reference", "tokenizer", "data", "eval_data"):
+    for key in (*PATHS, "data", "eval_data"):
         value = getattr(config, key)
         setattr(config, key, [resolve(item) for item in value] if isinstance(value, list) else resolve(value))
     return config
@@ -271,7 +283,22 @@ def check_config(config):
         if every > 1 and every % 1:
             raise InputError(f"{key}={every} is not allowed: it must be whole steps, or below 1 a fraction "
                              "of an epoch")
-    for key in ("model", "reference", "tokenizer"):
+    objective = OBJECTIVES[config.loss]
+    if objective.self_play and config.reference:
+        raise InputError(f"reference={config.reference} does not go with loss={config.loss}, whose reference "
+                         "is the policy at the start of each iteration: leave it out")
+    if objective.needs_teacher and not config.reference:
+        raise InputError(f"loss={config.loss} needs a teacher: name the model, with the same tokenizer, by "
+                         "reference=")
+    if objective.inputs == "scores" and config.reward_model:
+        raise InputError(f"reward_model={config.reward_model} has nothing to judge with loss={config.loss}, "
+                         "which neither samples nor reads rewards: leave it out")
+    for name, value in getattr(config, config.loss, {}).items():
+        if isinstance(value, list) and len(value) != config.spin["iterations"]:
+            raise InputError(f"{config.loss}.{name}={value} has {len(value)} values for "
+                             f"{config.spin['iterations']} iterations: give one number, or one for each")
+    check_template(config)
+    for key in PATHS:
         path = getattr(config, key) or ""
         if (path.count("/") > 1 or path.startswith((".", "~", "/"))) and not os.path.exists(path):
             raise InputError(f"{key}={path}: there is no such folder; give one, a run's LATEST, or a hub id "
@@ -292,6 +319,22 @@ def check_config(config):
     trainers.check_optimizer(config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("WORLD_SIZE is above 1, but this version uses one device: start it without torchrun")
+
+
+def check_template(config):
+    """Raises InputError if attribute_template is malformed or sample_attributes are not in it."""
+    template = config.attribute_template or "{prompt}{attributes}"
+    try:
+        fields = data.template_fields(template)
+    except ValueError as error:
+        raise InputError(f"attribute_template={template!r} is malformed: {error}") from error
+    if "prompt" not in fields or len(fields) == 1:
+        raise InputError(f"attribute_template={template!r} must hold {{prompt}}, and {{attributes}} or an "
+                         "attribute's name in braces")
+    unread = [name for name in config.sample_attributes if not {name, "attributes"} & fields]
+    if config.sample_attributes and (unread or not config.attribute_template):
+        raise InputError(f"sample_attributes={config.sample_attributes} are not read by "
+                         f"attribute_template={config.attribute_template!r}: name them in it")
 
 
 # ---------------------------------------------------------------- the run's folder
@@ -320,6 +363,7 @@ def find_checkpoint(config):
 def check_changes(before, after, given):
     """Raises InputError if the settings given to a resumed run change what must stay."""
     free = ("num_epochs", "max_steps") if before.lr_schedule == "constant" else ()
+    free = free[1:] if OBJECTIVES[before.loss].self_play else free  # earlier iterations are over
     for key in given:
         block, _, name = key.rpartition(".")
         old, new = (vars(config)[block][name] if block else vars(config)[key] for config in (before, after))
@@ -329,16 +373,26 @@ def check_changes(before, after, given):
 
 
 def load_reference(config, checkpoint, policy, tokenizer):
-    """The frozen model that the config names, or else the policy's starting weights."""
+    """The frozen model that the config names, or else the policy's starting weights; in self-play those of
+    the iteration, which a checkpoint holds."""
     path = config.reference or config.model
     if path == config.model and not checkpoint:
         return copy.deepcopy(policy)
-    if path == "tiny" and checkpoint:
+    if OBJECTIVES[config.loss].self_play:
+        path = os.path.join(config.run_dir, f"step-{trainers.read_counters(checkpoint)['first_step']:06d}")
+    elif path == "tiny" and checkpoint:
         path = os.path.join(config.run_dir, "reference")
-    if config.reference and path != "tiny":
-        trainers.check_same_tokenizer(path, tokenizer, config)
+    return load_other("reference", path, config, tokenizer)
+
+
+def load_other(key, path, config, tokenizer, head=None):
+    """A frozen model beside the policy, with the same tokenizer; None without a path."""
+    if path is None:
+        return None
+    if path != "tiny":
+        trainers.check_same_tokenizer(key, path, tokenizer, config)
     model_config, _ = trainers.load_model_config(path, config, tokenizer)
-    return trainers.load_model(path, model_config, config, tokenizer)
+    return trainers.load_model(path, model_config, config, tokenizer, head)
 
 
 @contextlib.contextmanager
@@ -372,7 +426,8 @@ def write_start(trainer):
     with open(path + ".partial", "w", encoding="utf-8") as file:
         yaml.dump(vars(config), file, Dumper, sort_keys=False, allow_unicode=True)
     os.replace(path + ".partial", path)
-    if fresh and trainer.reference and (config.reference or config.model) == "tiny":
+    kept = trainer.objective.self_play  # step-000000 holds the weights
+    if fresh and trainer.reference and not kept and (config.reference or config.model) == "tiny":
         with trainers.whole_folder(os.path.join(config.run_dir, "reference")) as folder:
             trainer.reference.save_pretrained(folder)
             trainer.tokenizer.save_pretrained(folder)
@@ -406,20 +461,25 @@ def print_summary(trainer, dropouts, reports):
     config = trainer.config
     policy, block = trainer.policy, getattr(config, config.loss, {})
     num_parameters = sum(parameter.numel() for parameter in policy.parameters())
-    num_tokens = sum(example.num_tokens for example in trainer.train_examples)
+    num_tokens = sum(example.num_tokens for example in trainer.data_examples)
     resumed = trainer.saved_step is not None
     lines = [("run", config.run_dir + (f", going on after step {trainer.step}" if resumed else "")),
              ("model", f"{config.model}, {policy.config.model_type}, {num_parameters:,} parameters in "
                        f"{config.dtype} on {policy.device}")]
     lines += [("", f"  {name} was {value}, set to 0") for name, value in dropouts.items()]
     if trainer.reference:
-        lines.append(("reference", config.reference or "the model's starting weights"))
+        own = "the policy at each iteration's start" if trainer.objective.self_play else (
+            "the model's starting weights")
+        lines.append(("reference", config.reference or own))
+    if trainer.reward_model:
+        lines.append(("rewards", config.reward_model))
     lines.append(("loss", " ".join([config.loss, *(f"{name}={value}" for name, value in block.items())])))
     for name, report in reports.items():
         first, *rest = report.lines() if report.rows else ["none, so no evaluation; eval_data= names one"]
         lines += [(name, first), *(("", line) for line in rest)]
-    lines.append(("steps", f"{trainer.num_steps:,} of {config.batch_size} examples; {num_tokens:,} tokens an "
-                           "epoch"))
+    at_most = "at most " if trainer.objective.self_play else ""
+    lines.append(("steps", f"{at_most}{trainer.num_steps:,} of {config.batch_size} examples; {num_tokens:,} "
+                           "tokens in the data"))
     tokenizer = trainer.tokenizer
     if not config.add_bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's "
@@ -430,7 +490,7 @@ def print_summary(trainer, dropouts, reports):
 
 def print_results(trainer):
     """First and last evaluation (or training step) side by side, the checkpoint, and what to run next."""
-    config, records = trainer.config, trainer.records()
+    config, records = trainer.config, trainer.lines("metrics.jsonl")
     for split, title in (("eval", "evaluation"), ("train", "training")):
         lines = [line for line in records if line["split"] == split]
         if lines:
@@ -444,14 +504,16 @@ def print_results(trainer):
         return
     latest = os.path.join(os.path.relpath(config.run_dir), "LATEST")
     print(f"\ncheckpoint  {latest} -> step-{trainer.saved_step:06d}")
-    if trainer.objective.needs_pairs:
+    if trainer.objective.inputs == "scores":
+        print(f"next        python train.py loss=rpo reward_model={shlex.quote(latest)} model=... data=...")
+    elif trainer.objective.needs_reference:
         shortest = min(trainer.train_examples, key=lambda example: len(example.prompt))
         prompt = trainer.tokenizer.decode(shortest.prompt)
         answer = f'pipeline("text-generation", {json.dumps(latest)})({json.dumps(prompt)})'
         code = f'from transformers import pipeline; print({answer}[0]["generated_text"])'
         print("next        python -c " + shlex.quote(code))
     else:
-        following = next(name for name, objective in OBJECTIVES.items() if objective.needs_pairs)
+        following = next(name for name, objective in OBJECTIVES.items() if objective.reads_pairs)
         settings = f"lr=2e-4 num_epochs=1 {following}.beta=1 {following}.sft_weight=0.05"  # the README's
         if config.data != "toy":
             sources = config.data if isinstance(config.data, str) else f"[{','.join(config.data)}]"

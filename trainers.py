@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -13,18 +14,23 @@ import re
 import shutil
 import signal
 import time
+import zlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
-                          LogitsProcessor, TopPLogitsWarper)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig, LlamaConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper)
 
 from data import InputError, collate, first_line, microbatches, stream, train_tokenizer
 from losses import OBJECTIVES
 
 START = time.monotonic()  # max_hours counts from here
+COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
+CHUNK_LOGITS = 2**24  # how many logits of a model exist at once where a loss reads whole distributions
 
 # ---------------------------------------------------------------- models and tokenizers
 
@@ -68,18 +74,32 @@ def load_model_config(path, config, tokenizer):
     return model_config, dropouts
 
 
-def load_model(path, model_config, config, tokenizer):
-    """The causal language model at `path`, on this run's device. Raises InputError if it is not whole."""
+def load_model(path, model_config, config, tokenizer, head=None):
+    """The causal language model at `path`, on this run's device. Raises InputError if it is not whole.
+
+    head: None; or `scores` for a reward model, with a scalar head in the language model's place; or
+    `new scores`, which also takes a model without such a head and gives it one.
+    """
+    auto_class = AutoModelForCausalLM
+    if head:
+        auto_class = AutoModelForSequenceClassification
+        model_config.num_labels = 1
+        pad = tokenizer.pad_token_id  # None is right for one text at a time, and refused by batches of them
+        model_config.pad_token_id = None if pad == tokenizer.eos_token_id else pad
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention,
                "trust_remote_code": config.trust_remote_code}
     with refusing(f"the model {path}"):
         if path == "tiny":
-            model = AutoModelForCausalLM.from_config(model_config, **options)
+            model = auto_class.from_config(model_config, **options)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(path, config=model_config,
-                                                               output_loading_info=True, **options)
-            if absent := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+            model, info = auto_class.from_pretrained(path, config=model_config, output_loading_info=True,
+                                                     **options)
+            absent = {*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])}
+            if absent := sorted(absent - ({"score.weight"} if head == "new scores" else set())):
                 raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]}")
+    if head and not hasattr(model, "score"):
+        raise InputError(f"{path}, {model_config.model_type}, has no scalar head on a causal model: choose "
+                         "another architecture")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
                          "choose the tokenizer that belongs to the model")
@@ -94,7 +114,7 @@ def load_model(path, model_config, config, tokenizer):
 def check_causal(model, path):
     """Refuses a model whose predictions depend on later tokens: its log-probabilities mean nothing here."""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]]) % model.config.vocab_size
-    first, second = model.eval()(input_ids=ids, use_cache=False).logits[:, :4].float()
+    first, second = model.eval().base_model(input_ids=ids, use_cache=False)[0][:, :4].float()
     if not torch.allclose(first, second, atol=1e-2):
         raise InputError(f"{path} is no causal language model, what it predicts depends on later tokens: "
                          "choose one that is")
@@ -111,14 +131,15 @@ def load_end_ids(path, model_config, tokenizer):
     return [tokenizer.eos_token_id, *(i for i in more if isinstance(i, int) and i != tokenizer.eos_token_id)]
 
 
-def check_same_tokenizer(path, tokenizer, config):
-    """Log-ratios of models with different vocabularies mean nothing: refuses a reference with another one."""
+def check_same_tokenizer(key, path, tokenizer, config):
+    """Token ids mean nothing to a model with another vocabulary: refuses the one that `key` names."""
     if os.path.isdir(path) and not any(name.startswith("tokenizer") for name in os.listdir(path)):
         return  # weights without a tokenizer are taken at their word
-    with refusing(f"the tokenizer of reference={path}"):
+    with refusing(f"the tokenizer of {key}={path}"):
         other = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     if other.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"reference={path} has another tokenizer than the model: choose one with the same")
+        raise InputError(f"{key}={path} has another tokenizer than the model: choose one with the same, or "
+                         "start the model from scratch with tokenizer= that of the other")
 
 
 def fingerprint(model):
@@ -180,10 +201,10 @@ def check_optimizer(config):
         raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused: {error}") from error
 
 
-def learning_rate(step, num_steps, config):
+def learning_rate(step, num_steps, lr, config):
     """The rate of the step that follows `step` finished ones: linear warmup to lr, then the schedule."""
     warmup = config.warmup_steps
-    rate = config.lr * min(1, (step + 1) / (warmup + 1))
+    rate = lr * min(1, (step + 1) / (warmup + 1))
     if config.lr_schedule == "constant" or step <= warmup:
         return rate
     left = (num_steps - step) / (num_steps - warmup)
@@ -207,29 +228,31 @@ class Trainer:
     """One run: the policy, its objective and optimizer, and the folder that keeps it.
 
     data_fingerprint: of train_examples' rows, for a resumed run must go on with the same.
-    held_out: Examples; the first num_eval_examples are evaluated, the first num_prompts sampled from.
-    dataset: the data.Dataset whose known rewards judge the samples, or None.
+    sample_examples: the examples whose prompts are answered in each evaluation.
+    dataset: the data.Dataset whose known rewards judge the samples, or None. reward_model: judges too.
     checkpoint: the folder to go on from, whose weights `policy` has, or None.
+
+    A run is one iteration over the data. Self-play has several, each over pairs of its own: data_examples are
+    what the data give, train_examples what this iteration trains on, and it began at first_step. Before the
+    first there is iteration -1, with nothing to train on.
     """
 
     def __init__(self, config, policy, reference, tokenizer, end_ids, train_examples, data_fingerprint,
-                 held_out, num_prompts, dataset, checkpoint=None):
+                 eval_examples, sample_examples, dataset=None, reward_model=None, checkpoint=None):
         self.config = config
         self.objective = OBJECTIVES[config.loss]
         self.policy = policy.train()
         self.reference = reference and reference.eval().requires_grad_(False)
         self.fingerprints = {"data": data_fingerprint, "reference": reference and fingerprint(reference)}
         self.tokenizer, self.end_ids = tokenizer, end_ids
-        self.train_examples = train_examples
-        self.eval_examples = held_out[:config.num_eval_examples]
-        self.sample_examples = held_out[:num_prompts]
+        self.data_examples, self.train_examples = train_examples, train_examples
+        self.eval_examples, self.sample_examples = eval_examples, sample_examples
         self.dataset = dataset
-        block = getattr(config, config.loss, {})
-        self.average = block.get("average", self.objective.average)
-        names = inspect.signature(self.objective.loss).parameters
-        self.loss_options = {name: value for name, value in block.items() if name in names}
-        self.optimizer = make_optimizer([p for p in policy.parameters() if p.requires_grad], config)
-        self.step = self.examples = 0
+        self.reward_model = reward_model and reward_model.eval().requires_grad_(False)
+        self.optimizer = make_optimizer(policy.parameters(), config)
+        self.step = self.examples = self.iteration = self.first_step = self.first_examples = 0
+        if self.objective.self_play:
+            self.iteration, self.train_examples = -1, []
         self.saved_step = None
         self.stop = None  # signal number, or "max_hours"
         self.throughput = collections.Counter()  # since the last logged step
@@ -239,31 +262,63 @@ class Trainer:
         if checkpoint:
             self.restore(checkpoint)
 
+    def setting(self, name, default=None, loss=None):
+        """A key of the loss's config block; of a list with a value per iteration, this iteration's."""
+        value = getattr(self.config, loss or self.config.loss, {}).get(name)
+        value = value[self.iteration] if isinstance(value, list) else value
+        return default if value is None else value
+
+    @property
+    def last_step(self):
+        """The number of the optimizer step with which this iteration ends, or max_steps."""
+        left = math.ceil((self.num_positions(len(self.train_examples)) - self.position)
+                         / self.config.batch_size)
+        last = self.step + max(0, left)
+        return last if self.config.max_steps is None else min(last, self.config.max_steps)
+
+    @property
+    def position(self):
+        """How many examples this iteration has used."""
+        return self.examples - self.first_examples
+
+    def num_positions(self, num_rows):
+        """How many examples all epochs use; rounded first, for 0.1 * 30 is 3.0000000000000004."""
+        return math.ceil(round(self.config.num_epochs * num_rows, 6))
+
     @property
     def num_steps(self):
-        """Optimizer steps of the whole run, those done included."""
-        left = math.ceil((self.num_positions - self.examples) / self.config.batch_size)
-        total = self.step + max(0, left)
+        """Optimizer steps of the whole run; of iterations to come at most, as some pairs will be dropped."""
+        iterations = self.setting("iterations", 1)
+        doubled = iterations if self.setting("mix_previous") else 0
+        to_come = [1 + (0 < i < doubled) for i in range(self.iteration + 1, iterations)]
+        num_rows = len(self.data_examples)
+        total = self.last_step + sum(math.ceil(self.num_positions(num_rows * n) / self.config.batch_size)
+                                     for n in to_come)
         return total if self.config.max_steps is None else min(total, self.config.max_steps)
 
     @property
-    def num_positions(self):
-        """Examples of all epochs; rounded first, for 0.1 * 30 is 3.0000000000000004."""
-        return math.ceil(round(self.config.num_epochs * len(self.train_examples), 6))
+    def is_finished(self):
+        return self.step >= self.last_step and (
+            self.iteration + 1 == self.setting("iterations", 1) or self.step == self.config.max_steps)
 
     def train(self):
         """Runs to the end or until asked to stop; returns None, the signal's number or "max_hours"."""
-        num_steps = self.num_steps
-        with self.catch_signals(), tqdm(total=num_steps, initial=self.step, unit="step", disable=None) as bar:
+        with self.catch_signals(), tqdm(total=self.num_steps, initial=self.step, unit="step",
+                                        disable=None) as bar:
             try:
+                self.fill_in_rewards()
                 while True:
                     self.check_stop()
                     if self.eval_is_due():
                         self.evaluate()
                     if self.save_is_due():
                         self.save()
-                    if self.step >= num_steps:
+                    if self.is_finished:
                         break
+                    if self.step >= self.last_step:
+                        self.next_iteration()
+                        bar.total = self.num_steps
+                        continue
                     metrics = self.train_step()
                     if self.log_is_due():
                         self.log("train", metrics)
@@ -284,16 +339,16 @@ class Trainer:
             return False
         if self.config.max_steps == 0:
             return True
-        every = as_steps(self.config.eval_every, len(self.train_examples), self.config.batch_size)
+        every = as_steps(self.config.eval_every, len(self.data_examples), self.config.batch_size)
         if every == 0 or self.step == 0:
             return every > 0 and self.config.eval_first
-        return self.step % every == 0 or self.step == self.num_steps
+        return self.step % every == 0 or self.step == self.last_step
 
     def save_is_due(self):
-        if self.step == 0 or self.step == self.saved_step:
+        if self.step == self.saved_step or self.step == 0 and not self.objective.self_play:
             return False
-        every = as_steps(self.config.save_every, len(self.train_examples), self.config.batch_size)
-        return self.step == self.num_steps or every > 0 and self.step % every == 0
+        every = as_steps(self.config.save_every, len(self.data_examples), self.config.batch_size)
+        return self.step == self.last_step or every > 0 and self.step % every == 0
 
     def log_is_due(self):
         return self.step % self.config.log_every == 0
@@ -325,9 +380,9 @@ class Trainer:
         Raises FloatingPointError, with the examples, if the loss or the gradient is not finite.
         """
         started = time.perf_counter()
-        stop = min(self.examples + self.config.batch_size, self.num_positions)
-        rows = stream(len(self.train_examples), self.examples, stop,
-                      seed=self.config.seed, shuffle=self.config.shuffle)
+        stop = min(self.position + self.config.batch_size, self.num_positions(len(self.train_examples)))
+        rows = stream(len(self.train_examples), self.position, stop,
+                      seed=self.config.seed + 1000 * self.iteration, shuffle=self.config.shuffle)
         examples = [self.train_examples[row] for row in rows]
         batches = microbatches(examples, self.config.gradient_accumulation_steps,
                                self.config.max_tokens_per_microbatch)
@@ -339,22 +394,28 @@ class Trainer:
         metrics = dict(zip(sums, values))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise FloatingPointError(self.describe_failure(metrics, batches))
-        metrics["lr"] = learning_rate(self.step, self.num_steps, self.config)
+        metrics["lr"] = learning_rate(self.step - self.first_step, self.last_step - self.first_step,
+                                      self.setting("lr", self.config.lr), self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = metrics["lr"]
         self.optimizer.step()
         self.step += 1
         self.examples += len(examples)
-        metrics["epoch"] = self.examples / len(self.train_examples)
+        metrics |= self.place()
         self.throughput += collections.Counter(
             examples=len(examples), tokens=sum(example.num_tokens for example in examples),
             seconds=time.perf_counter() - started)
         return metrics
 
+    def place(self):
+        """Where in its iteration the run stands."""
+        place = {"epoch": self.position / max(1, len(self.train_examples))}
+        return place | ({"iteration": max(0, self.iteration)} if self.objective.self_play else {})
+
     def accumulate(self, batches, denominator, backward=False):
         """Means over all examples of batches (lists of examples): {name: 0-d float64 tensor}, `loss` first.
 
-        `loss` is the sum of the losses over `denominator`; with backward its gradient is added to .grad.
+        `loss` and its parts are sums over `denominator`; with backward loss's gradient is added to .grad.
         """
         num_examples = sum(map(len, batches))
         means = collections.defaultdict(float)
@@ -366,24 +427,46 @@ class Trainer:
                 (losses.sum() / denominator).backward()
             means["loss"] += losses.detach().double().sum() / denominator
             for name, value in metrics.items():
-                means[name] += value.double().sum() / num_examples
+                means[name] += value.double().sum() / (denominator if name.endswith("loss") else num_examples)
+        for name in [name for name in means if name.endswith("/mean_square")]:
+            mean = name.removesuffix("_square")
+            variance = means.pop(name) - means[mean] ** 2
+            means[mean.removesuffix("mean") + "std"] = variance.clamp(min=0).sqrt()
         return dict(means)
 
+    def loss_of(self, examples):
+        """The name of the loss of these examples: the config's; in self-play, of rows as in the data, sft."""
+        return "sft" if self.objective.self_play and len(examples[0].responses) == 1 else self.config.loss
+
     def denominator(self, examples):
-        if self.average == "tokens":
+        name = self.loss_of(examples)
+        if self.setting("average", OBJECTIVES[name].average, name) == "tokens":
             return sum(len(response) for example in examples for response in example.responses)
         return len(examples)
 
     def losses(self, examples):
-        """This objective's losses (B,) and metrics for a list of examples, in one forward of each model."""
+        """The losses (B,) and metrics of a list of examples, in one forward of each model."""
+        name = self.loss_of(examples)
+        objective = OBJECTIVES[name]
         batch = collate(examples, torch.promote_types(self.policy.dtype, torch.float32))
         batch = batch.to(self.policy.device)
-        logps = [*self.response_logps(self.policy, batch)]
-        if self.objective.needs_reference:
+        parameters = inspect.signature(objective.loss).parameters
+        options = {key: self.setting(key, loss=name) for key in getattr(self.config, name, {})
+                   if key in parameters}
+        options |= {key: batch.columns[key] for key in objective.columns}
+        if objective.inputs == "logits":
+            return self.token_losses(batch, functools.partial(objective.loss, **options))
+        read = self.response_scores if objective.inputs == "scores" else self.response_logps
+        values = [*read(self.policy, batch)]
+        if objective.needs_reference:
             with torch.no_grad():
-                logps += self.response_logps(self.reference, batch)
-        columns = {name: batch.columns[name] for name in self.objective.columns}
-        return self.objective.loss(*logps, **columns, **self.loss_options)
+                values += read(self.reference, batch)
+        losses, metrics = objective.loss(*values, **options)
+        if name == self.config.loss and objective.self_play:
+            finished = [float(example.responses[1][-1] in self.end_ids) for example in examples]
+            metrics |= {"generated/length": batch.columns["rejected_length"],
+                        "generated/finished": torch.tensor(finished)}
+        return losses, metrics
 
     def response_logps(self, model, batch):
         """Summed log-probabilities (K, B) of a Batch's responses, in float32 (float64 models: float64)."""
@@ -392,10 +475,46 @@ class Trainer:
                            logits_to_keep=batch.predicts).logits  # (N, V), N response tokens in all rows
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (N,)
-        token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
-        rows = torch.zeros(batch.predicts.shape, dtype=logits.dtype, device=logits.device)
-        rows = rows.masked_scatter(batch.predicts, token_logps)  # (K * B, T), 0 where nothing is predicted
-        return rows.sum(-1).view(batch.num_responses, -1)  # (K, B)
+        return sum_by_response(batch, -F.cross_entropy(logits, targets, reduction="none"))
+
+    def response_scores(self, model, batch):
+        """A reward model's scores (K, B) of a Batch's responses: its head at each one's last token."""
+        with self.autocast():
+            hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                                      use_cache=False)[0]  # (K * B, T, D)
+            last = batch.attention_mask.sum(-1) - 1
+            scores = model.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0]  # (K * B,)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return scores.view(batch.num_responses, -1)
+
+    def token_losses(self, batch, loss):
+        """A loss of both models' logits at each response token, summed by response: losses (B,) and metrics.
+
+        The (N, V) logits never exist whole: they are made in chunks of tokens, again in the backward.
+        """
+        def chunk_losses(policy_hidden, reference_hidden, targets):
+            with self.autocast():
+                logits = [run_head(self.policy, policy_states, policy_hidden)]
+                with torch.no_grad():
+                    logits.append(run_head(self.reference, reference_states, reference_hidden))
+            width = min(x.shape[-1] for x in logits)  # embeddings are padded beyond the tokens that both have
+            logits = [x[:, :width].to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
+            losses, metrics = loss(*logits, targets)
+            return losses, *metrics.items()
+
+        with self.autocast():
+            policy_states, policy_hidden = run_decoder(self.policy, batch)  # (N, D)
+            with torch.no_grad():
+                reference_states, reference_hidden = run_decoder(self.reference, batch)
+        targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (N,)
+        size = max(1, CHUNK_LOGITS // self.policy.config.get_text_config().vocab_size)
+        chunks = zip(policy_hidden.split(size), reference_hidden.split(size), targets.split(size))
+        recomputed = functools.partial(checkpoint, chunk_losses, use_reentrant=False)
+        run = chunk_losses if len(targets) <= size else recomputed
+        losses, *metrics = zip(*itertools.starmap(run, chunks))
+        metrics = {values[0][0]: torch.cat([value for _, value in values]) for values in metrics}
+        return sum_by_response(batch, torch.cat(losses))[0], {
+            name: sum_by_response(batch, values)[0] for name, values in metrics.items()}
 
     def autocast(self):
         """bfloat16 arithmetic on float32 weights, if the config asks for it."""
@@ -427,7 +546,7 @@ class Trainer:
         metrics = {name: value.item() for name, value in means.items()}
         if self.sample_examples:
             metrics |= self.sample()
-        metrics["epoch"] = self.examples / len(self.train_examples)
+        metrics |= self.place()
         self.policy.train()
         self.log("eval", metrics)  # last: a resumed run takes this line as the sign that all was written
         self.evaluated_steps.add(self.step)
@@ -439,7 +558,7 @@ class Trainer:
         """
         answers = {"policy": self.generate(self.policy, self.sample_examples)}
         metrics = {"samples/length": sum(map(len, answers["policy"])) / len(self.sample_examples)}
-        if self.reference:
+        if self.reference and not self.objective.self_play:  # whose reference is another in each iteration
             if self.reference_samples is None:  # neither its weights nor the noise change
                 self.reference_samples = self.generate(self.reference, self.sample_examples)
             answers["reference"] = self.reference_samples
@@ -447,29 +566,37 @@ class Trainer:
         answers["chosen"] = [example.responses[0].tolist() for example in self.sample_examples]
         records = [{"prompt": self.tokenizer.decode(example.prompt)} for example in self.sample_examples]
         for who, responses in answers.items():
-            for record, ids in zip(records, responses):
+            prefix = "" if who == "policy" else "reference_"
+            learned = self.score(self.with_responses(responses), who) if self.reward_model else None
+            for number, (record, ids) in enumerate(zip(records, responses)):
                 finished = len(ids) > 0 and ids[-1] in self.end_ids
-                record[who] = self.tokenizer.decode(ids[:-1] if finished else ids)
-                if self.dataset and who != "chosen":
-                    scores = self.dataset.scores(record["prompt"], record[who], finished)
-                    prefix = "" if who == "policy" else "reference_"
-                    record |= {prefix + name: float(value) for name, value in scores.items()}
-        if self.dataset:
+                record[who] = self.decode(ids)
+                if who == "chosen":
+                    continue
+                scores = self.dataset.scores(record["prompt"], record[who], finished) if self.dataset else {}
+                if learned:
+                    scores = {f"true_{name}" if name == "reward" else name: value
+                              for name, value in scores.items()} | {"reward": learned[number][0]}
+                record |= {prefix + name: float(value) for name, value in scores.items()}
+        if self.dataset or self.reward_model:
             metrics |= self.score_metrics(records, metrics.get("samples/kl"))
         self.show_samples(records[:self.config.num_samples])
         return metrics
 
     def score_metrics(self, records, kl):
-        """Means of the known scores; with a reference also the win rate against its answers (a tie is half a
-        win), the best possible reward at this KL, and the share of it that was reached."""
+        """Means of the scores; with a reference also the win rate against its answers (a tie is half a win).
+
+        Where the true rewards are known, also the best possible one at this KL, and the share of it reached.
+        """
         names = [name for name, value in records[0].items() if isinstance(value, float)]
         metrics = {f"samples/{name}": sum(record[name] for record in records) / len(records)
                    for name in names}
         if kl is not None and "reward" in records[0]:
             gaps = [record["reward"] - record["reference_reward"] for record in records]
             metrics["samples/win_rate"] = sum((gap > 0) + (gap == 0) / 2 for gap in gaps) / len(gaps)
-            if self.dataset.optimal_reward:
-                reward, optimum = metrics["samples/reward"], self.dataset.optimal_reward(kl)
+            if self.dataset and self.dataset.optimal_reward:
+                optimum = self.dataset.optimal_reward(kl)
+                reward = metrics.get("samples/true_reward", metrics["samples/reward"])
                 metrics["samples/optimal_reward"] = optimum
                 metrics["samples/efficiency"] = reward / optimum if optimum >= 0.5 else None
         return metrics
@@ -491,49 +618,161 @@ class Trainer:
 
     def sample_kl(self, samples):
         """Mean over samples of log pi - log ref on the sampled ids, in nats, clipped below at 0."""
-        drawn = [dataclasses.replace(example, responses=(torch.tensor(ids, dtype=torch.int32).numpy(),))
-                 for example, ids in zip(self.sample_examples, samples)]
         total = 0.0
-        for examples in microbatches(drawn, 1, self.config.max_tokens_per_microbatch):
+        for examples in microbatches(self.with_responses(samples), 1, self.config.max_tokens_per_microbatch):
             self.check_stop()
             batch = collate(examples).to(self.policy.device)
             ratios = self.response_logps(self.policy, batch) - self.response_logps(self.reference, batch)
             total += ratios.double().sum().item()
-        return max(0.0, total / len(drawn))
+        return max(0.0, total / len(samples))
+
+    def with_responses(self, samples):
+        """The examples that are sampled from, with one response each: these ids."""
+        return [dataclasses.replace(example, responses=(np.array(ids, np.int32),))
+                for example, ids in zip(self.sample_examples, samples)]
+
+    def decode(self, ids):
+        """The text of a response, without its end token."""
+        return self.tokenizer.decode(ids[:-1] if len(ids) > 0 and ids[-1] in self.end_ids else ids)
 
     def generate(self, model, examples):
-        """A sampled response to each example's prompt: lists of ids, with the end token where one came.
+        """A sampled response to each example's prompt: lists of ids, with the end token where one came."""
+        sampling = {name: getattr(self.config, f"sample_{name}") for name in ("temperature", "top_p")}
+        rooms = [self.config.sample_max_tokens] * len(examples)
+        responses = [None] * len(examples)
+        seeds = [self.config.seed * 1_000_003 + number for number in range(len(examples))]
+        for numbers, drawn in self.sample_batches(model, examples, rooms, seeds, sampling):
+            for number, ids in zip(numbers, drawn):
+                responses[number] = ids
+        return responses
 
-        The noise is seeded by example, so a sample depends on its prompt and place, not on the batch.
+    def sample_batches(self, model, examples, rooms, seeds, sampling, known=frozenset()):
+        """Samples responses, batch by batch in order of length: yields example numbers and their ids.
+
+        rooms: tokens that each response may have at most; fewer where the model's positions end. Each has
+        noise of its own seed, so a sample depends on its prompt and seed, not on the batch. A batch of which
+        all are in `known` is skipped.
         """
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        rooms = [min(self.config.sample_max_tokens, positions - len(example.prompt)) for example in examples]
+        rooms = [min(room, positions - len(example.prompt)) for room, example in zip(rooms, examples)]
         order = sorted(range(len(examples)), key=lambda i: (rooms[i], len(examples[i].prompt)))
-        responses = [None] * len(examples)
+        size, batches = self.config.eval_batch_size, []
+        for _, group in itertools.groupby(order, key=lambda i: rooms[i]):
+            group = list(group)
+            batches += [group[start:start + size] for start in range(0, len(group), size)]
         pad = self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        settings = GenerationConfig(do_sample=False, eos_token_id=self.end_ids, pad_token_id=pad)
         kept = model.generation_config  # put aside, or its repetition penalty and the like are mixed in
-        model.generation_config = settings
+        model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids,
+                                                   pad_token_id=pad)
         try:
-            for room, group in itertools.groupby(order, key=lambda i: rooms[i]):
-                group = list(group)
-                for start in range(0, len(group), self.config.eval_batch_size):
-                    self.check_stop()
-                    chunk = group[start:start + self.config.eval_batch_size]
-                    prompts = [torch.from_numpy(examples[i].prompt).long() for i in chunk]
-                    input_ids = pad_sequence(prompts, True, pad, "left").to(model.device)
-                    mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, "left")
-                    noise = SeededSampling([self.config.seed * 1_000_003 + i for i in chunk],
-                                           self.config.sample_temperature, self.config.sample_top_p)
-                    with self.autocast():
-                        output = model.generate(input_ids, attention_mask=mask.to(model.device),
-                                                max_new_tokens=room, logits_processor=[noise])
-                    for i, ids in zip(chunk, output[:, input_ids.shape[1]:].tolist()):
-                        ends = [at + 1 for at, token in enumerate(ids) if token in self.end_ids]
-                        responses[i] = ids[:ends[0]] if ends else ids
+            for batch in tqdm(batches, desc="sampling", unit="batch", leave=False, disable=None):
+                if known.issuperset(batch):
+                    continue
+                self.check_stop()
+                prompts = [torch.from_numpy(examples[i].prompt).long() for i in batch]
+                input_ids = pad_sequence(prompts, True, pad, "left").to(model.device)
+                mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, "left")
+                noise = SeededSampling([seeds[i] for i in batch], **sampling)
+                with self.autocast():
+                    output = model.generate(input_ids, attention_mask=mask.to(model.device),
+                                            max_new_tokens=rooms[batch[0]], logits_processor=[noise])
+                responses = output[:, input_ids.shape[1]:].tolist()
+                yield batch, [self.up_to_end(ids) for ids in responses]
         finally:
             model.generation_config = kept
-        return responses
+
+    def up_to_end(self, ids):
+        return ids[:next((at + 1 for at, token in enumerate(ids) if token in self.end_ids), len(ids))]
+
+    # ------------------------------------------------------------ what the run adds to its data
+
+    @torch.no_grad()
+    def score(self, examples, what):
+        """The reward model's scores of examples' responses: lists of floats, in the examples' order."""
+        scores = {}
+        positions = getattr(self.reward_model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max((example.row_length for example in examples), default=0)
+        if positions and longest > positions:
+            raise InputError(f"a prompt with its response has {longest} tokens, beyond the {positions} "
+                             "positions of reward_model: lower sample_max_tokens, or choose another one")
+        batches = microbatches(examples, 1, self.config.max_tokens_per_microbatch)
+        for batch in tqdm(batches, desc=f"scoring {what}", unit="batch", leave=False, disable=None):
+            self.check_stop()
+            values = self.response_scores(self.reward_model, collate(
+                [dataclasses.replace(example, columns={}) for example in batch]).to(self.reward_model.device))
+            scores |= {id(example): row for example, row in zip(batch, values.T.tolist())}
+        return [scores[id(example)] for example in examples]
+
+    def fill_in_rewards(self):
+        """Scores the pairs that lack the rewards that the loss needs; rewards.jsonl keeps what was scored."""
+        lacking = [example for example in [*self.data_examples, *self.eval_examples]
+                   if None in example.columns.values()]
+        if not lacking:
+            return
+        judge = fingerprint(self.reward_model).encode()
+        kept = cut_back(self.path("rewards.jsonl"), lambda line: "key" in line)
+        known = {line["key"]: line for line in kept}
+        for start in tqdm(range(0, len(lacking), 1000), desc="rewards, 1,000 pairs at a time", disable=None):
+            part = lacking[start:start + 1000]  # always the same thousand, for batches decide the last digits
+            keys = [hashlib.sha256(b"|".join([judge, *(ids.tobytes() for ids in (
+                example.prompt, *example.responses))])).hexdigest() for example in part]
+            if not known.keys() >= set(keys):
+                scored = [{"key": key, "where": example.where, "chosen_reward": w, "rejected_reward": l}
+                          for key, example, (w, l) in zip(keys, part, self.score(part, "pairs"))]
+                self.write("rewards.jsonl", scored)
+                known |= {line["key"]: line for line in scored}
+            for key, example in zip(keys, part):
+                example.columns |= {name: known[key][name] for name in ("chosen_reward", "rejected_reward")}
+        tqdm.write(f"{len(lacking):,} pairs without rewards have those of reward_model, in rewards.jsonl")
+
+    @torch.no_grad()
+    def next_iteration(self):
+        """Self-play: freezes the policy as the opponent and pairs its answers with the data's responses.
+
+        generated-<iteration>.jsonl keeps the answers; a resumed run samples only those that it lacks.
+        """
+        self.reference.load_state_dict(self.policy.state_dict())
+        self.fingerprints["reference"] = fingerprint(self.reference)
+        iteration = self.iteration + 1
+        name, examples = f"generated-{iteration:02d}.jsonl", self.data_examples
+        sampling = {key: self.setting(key) for key in ("temperature", "top_p", "top_k")}
+        rooms = [min(self.setting("max_tokens"), self.config.max_length - len(example.prompt))
+                 for example in examples]
+        seeds = [zlib.crc32(f"{self.config.seed} {iteration} {row}".encode())  # a CPU generator reads 32 bits
+                 for row in range(len(examples))]
+        known = {line["row"] for line in cut_back(self.path(name), lambda line: True)}
+        for rows, answers in self.sample_batches(self.reference, examples, rooms, seeds, sampling, known):
+            if known.intersection(rows):  # of a batch that was written in part all is written again
+                cut_back(self.path(name), lambda line: line["row"] not in rows)
+            self.write(name, [
+                {"row": row, "where": examples[row].where,
+                 "prompt": self.tokenizer.decode(examples[row].prompt),
+                 "response": self.decode(ids), "finished": ids[-1] in self.end_ids, "ids": ids}
+                for row, ids in zip(rows, answers)])
+        self.iteration, self.first_step, self.first_examples = iteration, self.step, self.examples
+        self.pair_answers()
+        if iteration > 0 and self.setting("reset_optimizer"):
+            self.optimizer = make_optimizer(self.policy.parameters(), self.config)
+
+    def pair_answers(self):
+        """train_examples of this iteration: the data's responses against the answers in generated-*.jsonl."""
+        self.train_examples, num_equal = [], 0
+        for iteration in range(self.iteration - 1 if self.setting("mix_previous") else self.iteration,
+                               self.iteration + 1):
+            name = f"generated-{iteration:02d}.jsonl"
+            answers = {line["row"]: line["ids"] for line in self.lines(name)}
+            if iteration >= 0 and len(answers) < len(self.data_examples):
+                raise InputError(f"{self.path(name)} lacks answers of iteration {iteration}, which is in "
+                                 "progress: put it back, or start a new run")
+            for row in sorted(answers):
+                example = self.data_examples[row]
+                if answers[row] == example.responses[0].tolist():
+                    num_equal += 1
+                    continue
+                self.train_examples.append(dataclasses.replace(
+                    example, responses=(example.responses[0], np.array(answers[row], np.int32))))
+        tqdm.write(f"iteration {self.iteration}: {len(self.train_examples):,} pairs, {num_equal:,} dropped "
+                   "whose answer equals the data's response")
 
     # ------------------------------------------------------------ what is recorded
 
@@ -553,16 +792,18 @@ class Trainer:
             prefix = "eval/" if split == "eval" else ""
             self.wandb.log({"step": self.step, **{prefix + name: value for name, value in metrics.items()}})
 
-    def records(self):
-        """The lines of metrics.jsonl."""
-        path = os.path.join(self.config.run_dir, "metrics.jsonl")
-        if not os.path.exists(path):
+    def path(self, name):
+        return os.path.join(self.config.run_dir, name)
+
+    def lines(self, name):
+        """The records in one of the run's files of JSON lines; none where it is absent."""
+        if not os.path.exists(self.path(name)):
             return []
-        with open(path, encoding="utf-8") as file:
+        with open(self.path(name), encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def write(self, name, records):
-        with open(os.path.join(self.config.run_dir, name), "a", encoding="utf-8") as file:
+        with open(self.path(name), "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def start_wandb(self):
@@ -583,9 +824,9 @@ class Trainer:
     def save(self):
         """Writes step-<step> whole beside its final name, renames it, and only then moves LATEST to it."""
         run_dir = self.config.run_dir
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if os.path.exists(os.path.join(run_dir, name)):
-                sync(os.path.join(run_dir, name))
+        for name in os.listdir(run_dir):
+            if name.endswith(".jsonl"):
+                sync(self.path(name))
         name = f"step-{self.step:06d}"
         with whole_folder(os.path.join(run_dir, name)) as folder:
             self.policy.save_pretrained(folder)
@@ -595,12 +836,14 @@ class Trainer:
             torch.save({"optimizer": self.optimizer.state_dict(), "rng": rng},
                        os.path.join(folder, "trainer_state", "state.pt"))
             with open(os.path.join(folder, "trainer_state", "state.json"), "w") as file:
-                json.dump({"step": self.step, "examples": self.examples, **self.fingerprints}, file)
+                json.dump({name: getattr(self, name) for name in COUNTERS} | self.fingerprints, file)
         point_latest(run_dir, name)
         self.saved_step = self.step
         if self.config.keep_checkpoints is not None:
             steps = sorted(step for step in saved_steps(run_dir) if step <= self.step)
-            for name in [f"step-{step:06d}" for step in steps[:-self.config.keep_checkpoints]]:
+            steps = steps[:-self.config.keep_checkpoints]
+            opponent = {self.first_step} if self.objective.self_play else set()  # a resume needs its weights
+            for name in [f"step-{step:06d}" for step in steps if step not in opponent]:
                 discarded = os.path.join(run_dir, f".{name}.partial")
                 os.rename(os.path.join(run_dir, name), discarded)  # half deleted, it is no checkpoint
                 shutil.rmtree(discarded)
@@ -625,43 +868,79 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if len(state["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        self.step = self.saved_step = counters["step"]
-        self.examples = counters["examples"]
+        for name in COUNTERS:
+            setattr(self, name, counters[name])
+        self.saved_step = self.step
+        if self.iteration >= 0 and self.objective.self_play:
+            self.pair_answers()
 
     def restore_records(self):
         """Cuts metrics.jsonl and samples.jsonl back to this step; clears what an interrupted save left."""
         for name in os.listdir(self.config.run_dir):
             if re.fullmatch(r"\.(step-\d+|reference)\.partial", name):
-                shutil.rmtree(os.path.join(self.config.run_dir, name))
-        kept = cut_back(os.path.join(self.config.run_dir, "metrics.jsonl"),
+                shutil.rmtree(self.path(name))
+            made = re.fullmatch(r"generated-(\d+)\.jsonl", name)
+            if made and (self.saved_step is None or int(made[1]) > self.iteration + 1):
+                os.remove(self.path(name))
+        kept = cut_back(self.path("metrics.jsonl"),
                         lambda line: self.saved_step is not None and line["step"] <= self.step)
         self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
-        cut_back(os.path.join(self.config.run_dir, "samples.jsonl"),
-                 lambda line: line["step"] in self.evaluated_steps)
+        cut_back(self.path("samples.jsonl"), lambda line: line["step"] in self.evaluated_steps)
 
 
 class SeededSampling(LogitsProcessor):
     """Turns greedy decoding into sampling with noise of each row's own seed (the Gumbel-max trick).
 
-    The scores are divided by temperature (0: greedy), cut to the smallest set of tokens of probability top_p,
-    and get Gumbel noise: their largest entry is then a draw from their softmax.
+    The scores are divided by temperature (0: greedy), cut to the top_k largest (0: all) and then to the
+    smallest set of tokens of probability top_p, and get Gumbel noise: the largest is then a draw from their
+    softmax.
     """
 
-    def __init__(self, seeds, temperature, top_p):
+    def __init__(self, seeds, temperature, top_p, top_k=0):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.temperature = temperature
-        self.warper = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.warpers = [TopKLogitsWarper(top_k)] if top_k else []
+        self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
 
     def __call__(self, input_ids, scores):
         if self.temperature == 0:
             return scores
         scores = scores.float() / self.temperature
-        if self.warper:
-            scores = self.warper(input_ids, scores)
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
         noise = torch.empty(scores.shape)
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)  # -log of it is Gumbel
         return scores - noise.log().to(scores.device)
+
+
+def run_decoder(model, batch):
+    """A causal model without its head: its decoder's whole output, and the states (N, D) before the tokens of
+    a Batch's responses."""
+    states = model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                                 use_cache=False)
+    return states, states[0][batch.predicts]
+
+
+def run_head(model, states, hidden):
+    """The logits (N, V) of decoder states (N, D): the model's own forward, around a decoder that gives these.
+
+    Whatever a model does after its decoder (Gemma 2 caps, Cohere and Granite scale) is done here too.
+    """
+    states.last_hidden_state = hidden[None]
+    decoder = model.get_decoder()
+    decoder.forward = lambda *arguments, **options: states
+    try:
+        return model(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long), use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+
+
+def sum_by_response(batch, values):
+    """Sums values (N,), one for each of a Batch's response tokens, over the responses: (K, B)."""
+    rows = torch.zeros(batch.predicts.shape, dtype=values.dtype, device=values.device)
+    rows = rows.masked_scatter(batch.predicts, values)  # (K * B, T), 0 where nothing is predicted
+    return rows.sum(-1).view(batch.num_responses, -1)
 
 
 def read_counters(checkpoint):
@@ -676,8 +955,8 @@ def read_counters(checkpoint):
                          "point LATEST at a whole one, or start a new run")
     try:
         with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
-            counters = json.load(file)
-        return {name: counters[name] for name in ("step", "examples", "data", "reference")}
+            counters = dict.fromkeys(COUNTERS[2:], 0) | json.load(file)
+        return {name: counters[name] for name in (*COUNTERS, "data", "reference")}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"checkpoint {checkpoint} is damaged, its state.json is not whole: point LATEST at "
                          "another one, or start a new run") from error
