@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from losses import OBJECTIVES, dpo_loss, ipo_loss, rpo_loss, sft_loss
+from losses import OBJECTIVES, dpo_loss, ipo_loss, kd_loss, rm_loss, rpo_loss, sft_loss, spin_loss
 
 # policy -1, -3; reference -2, -2: log-ratios +1 for chosen, -1 for rejected, so h = 2
 PAIR = [torch.tensor([x], dtype=torch.float64) for x in (-1.0, -3.0, -2.0, -2.0)]
@@ -18,7 +18,11 @@ PAIRWISE = {
     "ipo": lambda *logps, **options: ipo_loss(*logps, beta=0.5, **LENGTHS, **options),
     "rpo": lambda *logps, **options: rpo_loss(
         *logps, beta=0.5, **{name: reward.to(logps[0].dtype) for name, reward in REWARDS.items()}, **options),
+    "spin": lambda *logps, **options: spin_loss(*logps, beta=0.5, **options),
 }
+SCORES = [torch.tensor([x], dtype=torch.float64) for x in (2.0, 0.5)]
+# two tokens in the vocabulary: the policy gives them 1/4 and 3/4, the reference (the teacher) 1/2 each
+LOGITS = [torch.tensor([[0.0, math.log(3)]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)]
 
 
 def test_sft_is_minus_the_summed_logp():
@@ -54,6 +58,78 @@ def test_averaged_ipo_by_hand():
     values, metrics = ipo_loss(*PAIR, **LENGTHS, beta=0.5, average_logps=True)
     assert values.item() == 0.0625
     assert (metrics["rewards/chosen"].item(), metrics["rewards/rejected"].item()) == (0.25, -0.125)
+
+
+def test_spin_by_hand():
+    # -log sigmoid(0.5 * 2), as for DPO: the data's response leads the opponent's by h = 2
+    values, metrics = spin_loss(*PAIR, beta=0.5)
+    assert values.item() == pytest.approx(0.31326168751822286, abs=1e-12)
+    assert metrics["rewards/margins"].item() == 1.0
+
+
+def test_spin_is_dpo_on_the_same_logps():
+    logps = [torch.randn(50, dtype=torch.float64) * 5 for _ in range(4)]
+    for options in ({"beta": 0.1}, {"beta": 2.0, "sft_weight": 0.3}):
+        (spin, spin_metrics), (dpo, dpo_metrics) = spin_loss(*logps, **options), dpo_loss(*logps, **options)
+        assert torch.equal(spin, dpo) and spin.std() > 0.1
+        assert spin_metrics.keys() == dpo_metrics.keys()
+        assert all(torch.equal(spin_metrics[name], dpo_metrics[name]) for name in spin_metrics)
+
+
+def test_rm_by_hand():
+    # -log sigmoid(2 - 0.5) = log(1 + e^-1.5) = 0.2014132779827524; the mean of 2 and 0.5 is 1.25,
+    # of their squares (4 + 0.25) / 2 = 2.125
+    values, metrics = rm_loss(*SCORES)
+    assert values.item() == pytest.approx(0.2014132779827524, abs=1e-12)
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "rewards/chosen": 2.0, "rewards/rejected": 0.5, "rewards/accuracies": 1.0, "rewards/margins": 1.5,
+        "rewards/mean": 1.25, "rewards/mean_square": 2.125}
+    # 0.1 * (2 + 0.5)^2 = 0.625 more
+    assert rm_loss(*SCORES, center_weight=0.1)[0].item() == pytest.approx(0.8264132779827524, abs=1e-12)
+
+
+def test_a_reward_models_gradient_raises_chosen_and_a_tie_is_no_win():
+    scores = [torch.tensor([1.0], requires_grad=True) for _ in range(2)]
+    values, metrics = rm_loss(*scores)
+    values.sum().backward()
+    assert [score.grad.item() for score in scores] == [-0.5, 0.5]  # sigmoid(0) = 1/2
+    assert values.item() == pytest.approx(math.log(2)) and metrics["rewards/accuracies"].item() == 0.0
+    assert rm_loss(SCORES[1], SCORES[0])[0].item() == pytest.approx(1.7014132779827524)  # 1.5 + 0.2014...
+
+
+@pytest.mark.parametrize("options, expected", [
+    # KL([1/2, 1/2] || [1/4, 3/4]) = 1/2 log 2 + 1/2 log(2/3)
+    ({}, 0.5 * math.log(2) + 0.5 * math.log(2 / 3)),
+    # KL([1/4, 3/4] || [1/2, 1/2]) = 1/4 log(1/2) + 3/4 log(3/2)
+    ({"divergence": "bwd_kl"}, 0.25 * math.log(0.5) + 0.75 * math.log(1.5)),
+    # at temperature 1/2 the policy's odds are squared, 1 to 9: 1/2 log 5 + 1/2 log(5/9)
+    ({"temperature": 0.5}, 0.5 * math.log(5) + 0.5 * math.log(5 / 9)),
+])
+def test_kd_by_hand(options, expected):
+    values, metrics = kd_loss(*LOGITS, torch.tensor([1]), **options)
+    assert values.item() == pytest.approx(expected, abs=1e-12) and metrics == {}
+    # with sft_weight 2 the token of probability 3/4 adds 2 log(4/3), at any temperature
+    weighted, metrics = kd_loss(*LOGITS, torch.tensor([1]), **options, sft_weight=2.0)
+    assert weighted.item() == pytest.approx(expected + 2 * math.log(4 / 3), abs=1e-12)
+    assert metrics["kd_loss"].item() == pytest.approx(expected)
+    assert metrics["sft_loss"].item() == pytest.approx(math.log(4 / 3))
+
+
+@pytest.mark.parametrize("divergence", ["fwd_kl", "bwd_kl"])
+def test_kd_against_direct_sums(divergence):
+    policy, reference = torch.randn(2, 5, 11, dtype=torch.float64) * 3
+    q, p = ((x - x.max()).exp() / (x - x.max()).exp().sum(-1, keepdim=True) for x in (policy, reference))
+    a, b = (p, q) if divergence == "fwd_kl" else (q, p)
+    direct = [sum(a[n, v].item() * math.log(a[n, v].item() / b[n, v].item()) for v in range(11)) for n in range(5)]
+    values, _ = kd_loss(policy, reference, torch.zeros(5, dtype=torch.long), divergence=divergence)
+    assert values.tolist() == pytest.approx(direct, rel=1e-10)
+
+
+def test_kd_pulls_the_policy_to_the_reference():
+    policy = LOGITS[0].clone().requires_grad_()
+    kd_loss(policy, LOGITS[1], torch.tensor([0]))[0].sum().backward()
+    assert policy.grad[0].tolist() == pytest.approx([-0.25, 0.25])  # q - p = [1/4, 3/4] - [1/2, 1/2]
+    assert kd_loss(LOGITS[1], LOGITS[1] + 7, torch.tensor([0]))[0].item() == pytest.approx(0, abs=1e-15)
 
 
 @pytest.mark.parametrize("divergence, expected", [
@@ -140,6 +216,11 @@ def test_extreme_margins_stay_finite():
     (lambda: dpo_loss(*PAIR, beta=0.1, sft_weight=-1), "sft_weight"),
     (lambda: rpo_loss(*PAIR, **REWARDS, beta=0.1, divergence="kl"), "divergence"),
     (lambda: rpo_loss(*PAIR, **REWARDS, beta=0.1, reward_scale=0), "reward_scale"),
+    (lambda: spin_loss(*PAIR, beta=0), "beta"),
+    (lambda: rm_loss(*SCORES, center_weight=-1), "center_weight"),
+    (lambda: kd_loss(*LOGITS, torch.tensor([0]), temperature=0), "temperature"),
+    (lambda: kd_loss(*LOGITS, torch.tensor([0]), divergence="sq"), "divergence"),
+    (lambda: kd_loss(*LOGITS, torch.tensor([0]), sft_weight=-1), "sft_weight"),
 ])
 def test_values_out_of_range_are_named(call, name):
     with pytest.raises(ValueError, match=name):
@@ -151,9 +232,13 @@ def test_the_table_says_what_each_loss_takes():
     for name, objective in OBJECTIVES.items():
         parameters = inspect.signature(objective.loss).parameters.values()
         positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-        wanted = [f"{model}_{response}_logps" for model in ["policy", "reference"][:1 + objective.needs_reference]
+        models = ["policy", "reference"][:1 + objective.needs_reference]
+        wanted = [f"{model}_{response}_{objective.inputs}" for model in models
                   for response in ["chosen", "rejected"][:1 + objective.needs_pairs]]
-        assert positional == wanted
+        assert positional == ([f"{model}_logits" for model in models] + ["targets"]
+                              if objective.inputs == "logits" else wanted)
         block = {key.split(".")[1] for key in defaults if key.startswith(name + ".")}
         keywords = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-        assert keywords == (block - {"average"}) | set(objective.columns)
+        trainers_own = {"average"} | ({"iterations", "lr", "temperature", "top_p", "top_k", "max_tokens", "mix_previous",
+                                       "reset_optimizer"} if objective.self_play else set())
+        assert keywords == (block - trainers_own) | set(objective.columns)

@@ -28,6 +28,11 @@ def make_trainer(*arguments):
     return train.build_trainer(train.load_config([*TINY_RUN, *arguments])[0])
 
 
+def needed(loss, sft_run):
+    """The settings without which a loss does not start, and those that make it quick."""
+    return {"kd": [f"reference={sft_run}/LATEST"], "spin": ["spin.max_tokens=8"]}.get(loss, [])
+
+
 # ---------------------------------------------------------------- the step, against the simplest version
 
 
@@ -41,6 +46,16 @@ def obvious_logp(model, example, response):
 
 def obvious_losses(name, model, reference, example):
     """The per-example loss with the formulas written out, and the example's share of the denominator."""
+    if name == "rm":
+        w, l = (model(input_ids=torch.tensor([[*example.prompt, *response]])).logits[0, 0]
+                for response in example.responses)
+        return torch.log(1 + torch.exp(l - w)), 1
+    if name == "kd":
+        ids = torch.tensor([[*example.prompt, *example.responses[0]]])
+        logps = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, len(example.prompt) - 1:-1]
+        with torch.no_grad():
+            teacher = reference(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, len(example.prompt) - 1:-1]
+        return (teacher.exp() * (teacher - logps)).sum(), len(logps)
     w = obvious_logp(model, example, example.responses[0])
     if name == "sft":
         return -w, len(example.responses[0])
@@ -48,7 +63,7 @@ def obvious_losses(name, model, reference, example):
     with torch.no_grad():
         reference_w, reference_l = (obvious_logp(reference, example, r) for r in example.responses)
     h = (w - reference_w) - (l - reference_l)
-    if name == "dpo":
+    if name in ("dpo", "spin"):
         return torch.log(1 + torch.exp(-0.5 * h)), 1
     if name == "ipo":
         return (h - 1) ** 2, 1
@@ -57,18 +72,25 @@ def obvious_losses(name, model, reference, example):
     return p * (math.log(p) - torch.log(q)) + (1 - p) * (math.log(1 - p) - torch.log(1 - q)), 1
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "ipo", "rpo"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-5)])
 def test_trajectory_matches_the_obvious_implementation(name, dtype, tolerance, sft_run):
     """Five steps: losses, every gradient, clipping, warmup and RMSprop, against float64."""
-    block = [] if name == "sft" else [f"{name}.beta=0.5"]
+    block = [f"{name}.beta=0.5"] if f"{name}.beta" in train.read_schema()[0] else []
+    block += needed(name, sft_run)
     trainer = make_trainer(f"loss={name}", *block, f"dtype={dtype}", f"compute_dtype={dtype}", "max_steps=5",
                            "max_grad_norm=0.5", "lr=1e-5", "warmup_steps=2", "lr_schedule=constant",
                            "max_tokens_per_microbatch=100", f"model={sft_run}/LATEST")
+    if name == "spin":
+        trainer.next_iteration()
+    if name == "kd":  # another model, or there is nothing to learn
+        with torch.no_grad():
+            for p in trainer.reference.parameters():
+                p += 0.02 * torch.randn_like(p)
     model = copy.deepcopy(trainer.policy).double()
-    reference = copy.deepcopy(model)
+    reference = copy.deepcopy(trainer.reference or model).double()
     squares = [torch.zeros_like(p) for p in model.parameters()]
-    order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(trainer.train_examples), generator=torch.Generator().manual_seed(0)).tolist()
     for step in range(5):
         batch = [trainer.train_examples[i] for i in order[4 * step:4 * step + 4]]
         losses, weights = zip(*(obvious_losses(name, model, reference, example) for example in batch))
@@ -100,8 +122,11 @@ def test_trajectory_matches_the_obvious_implementation(name, dtype, tolerance, s
 
 @pytest.mark.parametrize("settings", [
     ["loss=sft"], ["loss=sft", "sft.average=examples"], ["loss=dpo", "dpo.sft_weight=0.1"], ["loss=ipo"],
-    ["loss=ipo", "ipo.average_logps=true"], ["loss=rpo"]], ids=" ".join)
-def test_a_step_is_the_same_however_it_is_split(settings, run):
+    ["loss=ipo", "ipo.average_logps=true"], ["loss=rpo"], ["loss=rm"], ["loss=kd", "kd.sft_weight=0.5"],
+    ["loss=spin", "num_epochs=0.15", "eval_batch_size=400"]], ids=" ".join)
+def test_a_step_is_the_same_however_it_is_split(settings, run, sft_run, monkeypatch):
+    settings += needed(settings[0][5:], sft_run)
+    monkeypatch.setattr(trainers, "CHUNK_LOGITS", 10_000)  # some twenty tokens
     curves = {}
     splits = [(1, 10**6), (2, 10**6), (8, 10**6), (1, 200), (2, 97), (1, 1)]
     for i, (parts, budget) in enumerate(splits):
@@ -165,13 +190,14 @@ def test_the_number_of_steps_and_the_last_batch(run):
     ("cosine", [1 / 3, 2 / 3, 1, 0.5 + 2 ** 0.5 / 4, 0.5, 0.5 - 2 ** 0.5 / 4]),
 ])
 def test_schedules_by_hand(schedule, expected):
-    config = train.types.SimpleNamespace(lr=1.0, warmup_steps=2, lr_schedule=schedule)
-    assert [trainers.learning_rate(t, 6, config) for t in range(6)] == pytest.approx(expected)
+    config = train.types.SimpleNamespace(warmup_steps=2, lr_schedule=schedule)
+    assert [trainers.learning_rate(t, 6, 1.0, config) for t in range(6)] == pytest.approx(expected)
+    assert [trainers.learning_rate(t, 6, 0.5, config) for t in range(6)] == pytest.approx([x / 2 for x in expected])
 
 
 def test_warmup_longer_than_the_run():
-    config = train.types.SimpleNamespace(lr=1.0, warmup_steps=9, lr_schedule="linear")
-    assert [trainers.learning_rate(t, 3, config) for t in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+    config = train.types.SimpleNamespace(warmup_steps=9, lr_schedule="linear")
+    assert [trainers.learning_rate(t, 3, 1.0, config) for t in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 
 @pytest.mark.parametrize("name", ["RMSprop", "Adam", "AdamW", "SGD"])
@@ -513,8 +539,8 @@ def test_killed_at_ten_random_moments(loss, tmp_path):
 
 
 @pytest.mark.parametrize("loss", OBJECTIVES)
-def test_resuming_matches_not_stopping(loss, run):
-    settings = [f"loss={loss}", *TINY_RUN, "lr_schedule=constant", "save_every=2", "eval_every=3"]
+def test_resuming_matches_not_stopping(loss, run, sft_run):
+    settings = [f"loss={loss}", *needed(loss, sft_run), *TINY_RUN, "lr_schedule=constant", "save_every=2", "eval_every=3"]
     whole = run(*settings, "max_steps=7", "run_dir=whole")
     run(*settings, "max_steps=4", "run_dir=part")
     part = run("resume=true", "max_steps=7", "run_dir=part", "eval_every=3")
