@@ -637,7 +637,7 @@ class Trainer:
 
     def generate(self, model, examples):
         """A sampled response to each example's prompt: lists of ids, with the end token where one came."""
-        sampling = {name: getattr(self.config, f"sample_{name}") for name in ("temperature", "top_p")}
+        sampling = {"temperature": self.config.sample_temperature, "top_p": self.config.sample_top_p}
         rooms = [self.config.sample_max_tokens] * len(examples)
         responses = [None] * len(examples)
         seeds = [self.config.seed * 1_000_003 + number for number in range(len(examples))]
@@ -760,10 +760,13 @@ class Trainer:
         for iteration in range(self.iteration - 1 if self.setting("mix_previous") else self.iteration,
                                self.iteration + 1):
             name = f"generated-{iteration:02d}.jsonl"
-            answers = {line["row"]: line["ids"] for line in self.lines(name)}
-            if iteration >= 0 and len(answers) < len(self.data_examples):
-                raise InputError(f"{self.path(name)} lacks answers of iteration {iteration}, which is in "
-                                 "progress: put it back, or start a new run")
+            try:
+                answers = {line["row"]: line["ids"] for line in self.lines(name)}
+            except (ValueError, TypeError, KeyError):
+                answers = {}
+            if iteration >= 0 and len(answers) != len(self.data_examples):
+                raise InputError(f"{self.path(name)} has not one whole line for each answer of iteration "
+                                 f"{iteration}, which this run needs: put it back, or start a new run")
             for row in sorted(answers):
                 example = self.data_examples[row]
                 if answers[row] == example.responses[0].tolist():

@@ -120,6 +120,64 @@ def test_a_null_reward_falls_back_on_its_alias_and_input_must_be_text():
         read_row({"instruction": "do", "input": math.nan, "output": "r"}, "x", False)
 
 
+# ---------------------------------------------------------------- attributes
+
+TEMPLATE = "{prompt} <{attributes}> Quality {quality}:"
+
+
+def with_attributes(row, template=TEMPLATE, **more):
+    write_lines("a.jsonl", [{"prompt": "p", "response": "r"} | row])
+    return data.load_rows("a.jsonl", "train", OBJECTIVES["sft"], template, more)
+
+
+def test_attributes_go_into_the_prompt():
+    rows, _ = with_attributes({"attributes": {"quality": 4, "toxicity": 0.5, "tone": "dry", "unrated": None}})
+    assert (rows[0].prompt, rows[0].responses) == ("p <quality:4,toxicity:0.5,tone:dry> Quality 4:", ("r",))
+    chat = {"messages": [U("a"), A("b"), U("q"), A("c")], "attributes": {"quality": 4}}
+    rows, _ = with_attributes(chat, "{prompt} [{quality}]")
+    assert rows[0].prompt == [U("a"), A("b"), U("q [4]")] and rows[0].responses == (A("c"),)
+
+
+def test_given_attributes_go_before_the_rows_own():
+    rows, _ = with_attributes({"attributes": {"quality": 1, "tone": "dry"}}, quality=4)
+    assert rows[0].prompt == "p <quality:4,tone:dry> Quality 4:"
+    assert with_attributes({}, quality=4)[0][0].prompt == "p <quality:4> Quality 4:"
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"attributes": {"tone": "dry"}}, "a.jsonl line 1 has no quality in its column attributes"),
+    ({}, "a.jsonl line 1 has no quality in its column attributes"),
+    ({"attributes": [4]}, "a.jsonl line 1: column attributes is [4]; it must map names to values"),
+])
+def test_attributes_that_do_not_fit(row, said):
+    with pytest.raises(InputError) as caught:
+        with_attributes(row)
+    assert said in str(caught.value)
+    with pytest.raises(InputError, match="attribute_template does not fit its attributes"):
+        with_attributes({"attributes": {"quality": "high"}}, "{prompt} {quality:.1f}")
+    with pytest.raises(InputError, match="has no value in its column attributes"):
+        with_attributes({}, "{prompt} {attributes}")
+
+
+def test_attributes_without_a_template_are_reported():
+    rows, report = with_attributes({"attributes": {"quality": 4}}, None)
+    assert rows[0].prompt == "p"
+    assert "  1 have attributes, unused: attribute_template is null" in list(report.lines())
+
+
+def test_attributes_are_part_of_the_fingerprint():
+    prints = {with_attributes({"attributes": {"quality": q}})[1].fingerprint for q in (1, 2, 2)}
+    assert len(prints) == 2
+
+
+def test_pairs_may_lack_rewards_where_a_reward_model_will_fill_them():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 2}
+    names = ("chosen_reward", "rejected_reward")
+    assert read_row(row, "x", True, names, may_lack_columns=True).columns == {"chosen_reward": 2.0, "rejected_reward": None}
+    with pytest.raises(InputError, match="or reward_model= to fill it"):
+        read_row(row, "x", True, names)
+
+
 def test_a_byte_order_mark_is_no_part_of_a_column():
     for name, text in (("f.jsonl", '{"prompt": "p", "response": "r"}'), ("f.csv", "prompt,response\np,r\n")):
         open(name, "w", encoding="utf-8-sig").write(text)

@@ -60,8 +60,8 @@ def test_every_key_is_read():
         block, _, name = key.rpartition(".")
         if not block:
             assert re.search(rf"config\.{key}\b", code), key
-        elif name != "average":  # read by its name, see Trainer; the others by the loss's own signature
-            assert name in OBJECTIVES[block].loss.__kwdefaults__ or name in OBJECTIVES[block].loss.__code__.co_varnames
+        elif name not in OBJECTIVES[block].loss.__code__.co_varnames:  # then the Trainer reads it by its name
+            assert f'"{name}"' in code, key
 
 
 def test_help_is_the_config_file():
@@ -74,8 +74,10 @@ def test_help_is_the_config_file():
     (0, "float > 0", False), (1, "float > 0", True), (math.inf, "float > 0", False), (math.nan, "float >= 0", False),
     (0.5, "float in [0, 0.5)", False), (0, "float in [0, 0.5)", True), (1, "float in (0, 1]", True),
     (0, "float in (0, 1]", False), ("auto", "false | true | auto", True), (True, "false | true | auto", True),
-    (1, "false | true | auto", False), ("x", "false | true | auto", False), (None, "null", True), ([], "list", False),
-    (["a"], "list", True), ([1], "list", False), ({}, "mapping", True), ("yes", "bool", False),
+    (1, "false | true | auto", False), ("x", "false | true | auto", False), (None, "null", True),
+    ([], "list of str", False), (["a"], "list of str", True), ([1], "list of str", False),
+    ([0.1, 2], "list of float > 0", True), ([0.1, 0], "list of float > 0", False), ([], "list of float > 0", False),
+    ({}, "mapping", True), ("yes", "bool", False),
 ])
 def test_rules(value, rule, allowed):
     assert train.fits(value, rule) is allowed
@@ -125,7 +127,7 @@ BAD_INPUT = [
     (["truncation=middle"], "truncation='middle' is not allowed: it must be keep_end | keep_start | drop"),
     (["sft.average=words"], "sft.average='words' is not allowed"),
     (["compute_dtype=float64"], "compute_dtype=float64 does not go with dtype=float32"),
-    (["loss=dqo"], "loss=dqo is not one of sft, dpo, ipo, rpo; the nearest is dpo"),
+    (["loss=dqo"], "loss=dqo is not one of sft, dpo, ipo, rpo, spin, rm, kd; the nearest is dpo"),
     (["optimizer=Adma"], "optimizer=Adma is not one of ASGD, Adadelta, Adafactor"),
     (["optimizer=LBFGS"], "optimizer=LBFGS is not one of"),
     (["optimizer_args.beta=1"], "optimizer_args.beta is no argument of RMSprop, which has alpha, eps"),
@@ -152,6 +154,23 @@ BAD_INPUT = [
     (["exp_name=taken"], "taken holds a run already: start it over by resume=auto"),
     (["data=single.jsonl", "max_steps=0"], "max_steps=0 only evaluates and samples, and there is nothing to"),
     (["resume=true"], "has no complete checkpoint to resume"),
+    (["loss=spin", "reference=notes"], "does not go with loss=spin, whose reference is the policy at the start"),
+    (["loss=spin", "spin.beta=[0.1,0.2,0.3]"], "spin.beta=[0.1, 0.2, 0.3] has 3 values for 2 iterations"),
+    (["loss=spin", "spin.iterations=1", "spin.lr=[1e-4,1e-5]"], "spin.lr=[0.0001, 1e-05] has 2 values for 1 iterations"),
+    (["spin.beta=[0.1,0]"], "spin.beta=[0.1, 0] is not allowed: it must be float > 0 or list of float > 0"),
+    (["spin.iterations=0"], "spin.iterations=0 is not allowed: it must be int >= 1"),
+    (["spin.top_k=-1"], "spin.top_k=-1 is not allowed: it must be int >= 0"),
+    (["loss=kd"], "loss=kd needs a teacher: name the model, with the same tokenizer, by reference="),
+    (["kd.temperature=0"], "kd.temperature=0 is not allowed: it must be float > 0"),
+    (["kd.divergence=sq"], "kd.divergence='sq' is not allowed: it must be fwd_kl | bwd_kl"),
+    (["loss=dpo", "reward_model=none/there/LATEST"], "reward_model=none/there/LATEST: there is no such folder"),
+    (["data=pairs.jsonl", "loss=kd", "reference=notes"], "notes is no model's folder, it has no config.json: give a folder that has"),
+    (["attribute_template={prompt"], "attribute_template='{prompt' is malformed"),
+    (["attribute_template=Quality {quality}:"], "must hold {prompt}, and {attributes} or an attribute's name in braces"),
+    (["attribute_template={prompt}"], "must hold {prompt}, and {attributes} or an attribute's name"),
+    (["sample_attributes.quality=4"], "sample_attributes={'quality': 4} are not read by attribute_template=None"),
+    (["attribute_template={prompt} {tone}", "sample_attributes.quality=4"], "are not read by attribute_template='{prompt} {tone}'"),
+    (["data=single.jsonl", "attribute_template={prompt} {quality}"], "single.jsonl line 1 has no quality in its column"),
 ]
 
 
@@ -226,6 +245,22 @@ def test_the_folder_of_a_run(run, sft_run):
 def test_a_tiny_reference_is_kept_for_resuming(run):
     folder = run(*TINY_RUN, "loss=dpo")
     assert AutoModelForCausalLM.from_pretrained(f"{folder}/reference").config.model_type == "llama"
+
+
+def test_attributes_in_training_and_in_samples(run, capsys):
+    rows = [{"prompt": "Say:", "response": f" word {i}", "attributes": {"quality": i % 5}} for i in range(20)]
+    write_lines("rated.jsonl", rows)
+    settings = ["data=rated.jsonl", "eval_data=rated.jsonl", "attribute_template={prompt} Quality {quality}:",
+                "batch_size=4", "max_steps=2", "num_samples=6", "sample_max_tokens=4"]
+    own = run(*settings, "run_dir=own")
+    given = run(*settings, "run_dir=given", "sample_attributes.quality=4")
+    prompts = [[line["prompt"] for line in read_lines(f"{folder}/samples.jsonl")[:6]] for folder in (own, given)]
+    assert prompts[0] == [f"Say: Quality {i % 5}:" for i in range(6)] and prompts[1] == ["Say: Quality 4:"] * 6
+    assert [line["chosen"] for line in read_lines(f"{given}/samples.jsonl")[:2]] == [" word 0", " word 1"]
+    assert losses_of(own) == losses_of(given)  # of training and evaluation the rows' own stay
+    evals = [[line["loss"] for line in read_lines(f"{folder}/metrics.jsonl") if line["split"] == "eval"]
+             for folder in (own, given)]
+    assert evals[0] == evals[1]
 
 
 def test_two_runs_are_the_same_value_by_value(run):

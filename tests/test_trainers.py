@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, losses_of, read_lines, write_lines
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          LlamaConfig, LlamaForCausalLM)
 
 import train
 import trainers
@@ -103,7 +105,7 @@ def test_trajectory_matches_the_obvious_implementation(name, dtype, tolerance, s
 
         metrics = trainer.train_step()
         assert metrics["loss"] == pytest.approx(loss.item(), abs=tolerance, rel=tolerance)
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=max(tolerance, 1e-9))
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=max(3 * tolerance, 1e-9))
         for p, ours in zip(model.parameters(), trainer.policy.parameters()):
             difference = (ours.grad.double() - p.grad).abs().max()
             # float32 weights drift apart by rounding, which RMSprop divides by small gradients
@@ -417,6 +419,304 @@ def test_sft_has_no_reference_metrics(run):
     assert "samples/reward" in lines[-1]
 
 
+# ---------------------------------------------------------------- self-play
+
+SPIN = ["loss=spin", "max_steps=null", "num_epochs=0.02", "spin.max_tokens=10", "eval_batch_size=400"]  # 2 steps each
+
+
+def test_self_play_iterations(run, sft_run):
+    """The opponent is the policy at each iteration's start; beta, lr, warmup and schedule are each iteration's."""
+    folder = run(*TINY_RUN, *SPIN, f"model={sft_run}/LATEST", "spin.beta=[0.1,0.5]", "spin.lr=[1e-3,2e-3]",
+                 "warmup_steps=1", "keep_checkpoints=1")
+    lines = [line for line in read_lines(f"{folder}/metrics.jsonl") if line["split"] == "train"]
+    assert [(line["step"], line["examples"], line["iteration"]) for line in lines] == [
+        (1, 4, 0), (2, 8, 0), (3, 12, 1), (4, 16, 1)]
+    assert [line["lr"] for line in lines] == [0.5e-3, 1e-3, 1e-3, 2e-3]
+    assert [line["epoch"] for line in lines] == [4 / 400, 8 / 400] * 2
+    for line in (lines[0], lines[2]):  # policy and opponent are the same
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-6) and line["rewards/margins"] == 0
+    assert lines[1]["rewards/margins"] != 0 and lines[3]["rewards/margins"] != 0
+    assert sorted(name for name in os.listdir(folder) if "step" in name) == ["step-000002", "step-000004"]
+    evals = [line for line in read_lines(f"{folder}/metrics.jsonl") if line["split"] == "eval"]
+    assert [line["step"] for line in evals] == [0, 2, 4]
+    assert "samples/kl" not in evals[0] and "rewards/chosen" not in evals[0]
+    plain = run(*TINY_RUN, "loss=sft", "max_steps=0", f"model={sft_run}/LATEST")
+    assert evals[0]["loss"] == pytest.approx(read_lines(f"{plain}/metrics.jsonl")[0]["loss"], rel=1e-6)
+
+
+def test_generated_answers(run, sft_run):
+    folder = run(*TINY_RUN, *SPIN, f"model={sft_run}/LATEST", "spin.max_tokens=20")
+    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    first, second = (read_lines(f"{folder}/generated-0{i}.jsonl") for i in (0, 1))
+    assert sorted(line["row"] for line in first) == sorted(line["row"] for line in second) == list(range(400))
+    texts = [row["chosen"] for row in train.data.toy("train", True)[:400]]
+    for line in first:
+        assert set(line) == {"row", "where", "prompt", "response", "finished", "ids"}
+        assert line["where"] == f"few.jsonl line {line['row'] + 1}" and line["prompt"].startswith("Review of The ")
+        assert line["finished"] == (line["ids"][-1] == tokenizer.eos_token_id)
+        assert tokenizer.eos_token_id not in line["ids"][:-1]
+        assert len(line["ids"]) == 20 or line["finished"]
+        assert tokenizer.decode(line["ids"], skip_special_tokens=True) == line["response"]
+    assert {line["finished"] for line in first} == {True, False}
+    responses = [[line["response"] for line in sorted(lines, key=lambda line: line["row"])] for lines in (first, second)]
+    assert len(set(responses[0])) > 300 and responses[0] != responses[1] and responses[0] != texts
+
+
+def test_generated_files_do_not_depend_on_the_batch(run, sft_run):
+    folders = [run(*TINY_RUN, *SPIN, f"model={sft_run}/LATEST", "max_steps=1", f"eval_batch_size={size}",
+                   f"run_dir=b{size}") for size in (400, 64, 7)]
+    contents = [open(f"{folder}/generated-00.jsonl").read() for folder in folders]
+    assert contents[0].count("\n") == 400 and contents[0] == contents[1] == contents[2]
+
+
+def test_pairs_of_self_play(capsys):
+    trainer = make_trainer("loss=spin", "spin.mix_previous=true")
+    same = [trainer.data_examples[row].responses[0].tolist() for row in (0, 3)]
+    answers = [[{"row": row, "ids": same[row // 3] if row in (0, 3) else [5 + iteration, row]} for row in range(400)]
+               for iteration in (0, 1)]
+    for iteration in (0, 1):
+        write_lines(f"runs/spin/generated-0{iteration}.jsonl", reversed(answers[iteration]))
+    trainer.iteration = 0
+    trainer.pair_answers()
+    assert "iteration 0: 398 pairs, 2 dropped" in capsys.readouterr().out
+    assert [e.responses[1].tolist() for e in trainer.train_examples[:3]] == [[5, 1], [5, 2], [5, 4]]
+    assert all(e.responses[0] is trainer.data_examples[i].responses[0] for e, i in zip(trainer.train_examples, (1, 2, 4)))
+    trainer.iteration = 1
+    trainer.pair_answers()
+    assert len(trainer.train_examples) == 796
+    assert {tuple(e.responses[1]) for e in trainer.train_examples} == {(x, r) for x in (5, 6) for r in range(400)
+                                                                      if r not in (0, 3)}
+    trainer.config.spin["mix_previous"] = False
+    trainer.pair_answers()
+    assert {e.responses[1][0] for e in trainer.train_examples} == {6}
+
+
+def test_what_self_play_logs(sft_run):
+    trainer = make_trainer(*SPIN, f"model={sft_run}/LATEST", "spin.max_tokens=20", "batch_size=64", "num_epochs=1")
+    trainer.next_iteration()
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()[:64]
+    drawn = [trainer.train_examples[i].responses[1].tolist() for i in order]
+    metrics = trainer.train_step()
+    assert metrics["generated/length"] == pytest.approx(sum(map(len, drawn)) / 64)
+    finished = sum(ids[-1] == trainer.end_ids[0] for ids in drawn) / 64
+    assert 0 < finished < 1 and metrics["generated/finished"] == pytest.approx(finished)
+    assert "rewards/chosen" in metrics
+
+
+def test_an_answer_stays_within_max_length(sft_run):
+    trainer = make_trainer("loss=spin", f"model={sft_run}/LATEST", "max_length=20", "max_prompt_length=10", "spin.top_k=1")
+    trainer.next_iteration()
+    assert max(len(e.prompt) + len(e.responses[1]) for e in trainer.train_examples) == 20
+    texts = [line["response"] for line in read_lines("runs/spin/generated-00.jsonl")]
+    assert len(set(texts)) < 100  # top_k 1 is greedy: only the prompts differ
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_the_optimizer_across_iterations(reset, sft_run):
+    trainer = make_trainer(*SPIN, f"model={sft_run}/LATEST", f"spin.reset_optimizer={reset}".lower())
+    trainer.next_iteration()
+    trainer.train_step()
+    trainer.next_iteration()
+    assert len(trainer.optimizer.state) == (0 if reset else len(list(trainer.policy.parameters())))
+    weights = list(trainer.policy.parameters())
+    before = weights[1].clone()
+    trainer.train_step()
+    assert not torch.equal(weights[1], before)
+
+
+def test_max_steps_bounds_all_iterations(run):
+    folder = run(*TINY_RUN, *SPIN, "max_steps=3", "eval_every=0", "lr_schedule=constant")
+    assert [line["step"] for line in read_lines(f"{folder}/metrics.jsonl")] == [1, 2, 3]
+    run("resume=true", f"run_dir={folder}", "max_steps=99")
+    assert [(line["step"], line["iteration"]) for line in read_lines(f"{folder}/metrics.jsonl")][2:] == [(3, 1), (4, 1)]
+
+
+def test_a_stale_answer_of_another_run_is_not_used(run):
+    os.makedirs("runs/new")
+    open("runs/new/config.yaml", "w").write("loss: spin\nprovenance: {run_id: abc}\n")
+    write_lines("runs/new/generated-00.jsonl", [{"row": row, "ids": [7]} for row in range(400)])
+    folder = run(*TINY_RUN, *SPIN, "max_steps=1", "resume=auto", "exp_name=new")
+    assert [7] not in [line["ids"] for line in read_lines(f"{folder}/generated-00.jsonl")]
+
+
+# ---------------------------------------------------------------- reward models
+
+
+def write_bare_pairs(count=400):
+    return write_lines("bare.jsonl", [{name: row[name] for name in ("prompt", "chosen", "rejected")}
+                                      for row in train.data.toy("train", True)[:count]])
+
+
+@pytest.fixture(scope="session")
+def rm_run(sft_run, tmp_path_factory):
+    """A reward model trained on toy for 150 steps: its folder."""
+    folder = str(tmp_path_factory.mktemp("rm") / "run")
+    assert train.main(["loss=rm", f"model={sft_run}/LATEST", "max_steps=150", "lr=5e-4", "num_eval_examples=null",
+                       "eval_every=1000", f"run_dir={folder}"]) == 0
+    return folder
+
+
+def test_a_reward_model_comes_near_the_best_possible_accuracy(rm_run):
+    """Labels are drawn from sigmoid(r_w - r_l), so even the true rewards are right only so often; ties: half."""
+    rows = train.data.toy("test", True)
+    gaps = [row["chosen_reward"] - row["rejected_reward"] for row in rows]
+    ceiling = sum((gap > 0) + (gap == 0) / 2 for gap in gaps) / len(gaps)
+    assert 0.7 < ceiling < 0.9
+    last = read_lines(f"{rm_run}/metrics.jsonl")[-1]
+    assert last["rewards/accuracies"] > ceiling - 0.03
+    assert "samples/length" not in last and not os.path.exists(f"{rm_run}/samples.jsonl")
+
+
+def test_a_reward_model_is_a_hugging_face_folder(rm_run, sft_run):
+    model = AutoModelForSequenceClassification.from_pretrained(f"{rm_run}/LATEST")
+    tokenizer = AutoTokenizer.from_pretrained(f"{rm_run}/LATEST")
+    assert model.config.num_labels == 1 and model.config.architectures == ["LlamaForSequenceClassification"]
+    prompt, end = "Review of The Silent Garden:", tokenizer.eos_token
+    praise, blame = " The plot was superb." * 4, " The plot was awful." * 4
+    batch = tokenizer([prompt + praise + end, prompt + blame + end, prompt + blame[:20] + end], padding=True,
+                      return_tensors="pt")
+    scores = model(**batch).logits[:, 0]
+    assert scores[0] > scores[1] + 2
+    trainer = make_trainer("loss=rm", f"model={rm_run}/LATEST")
+    one = Example("x", batch["input_ids"][0, :6].numpy(), tuple(
+        ids[6:][mask[6:] == 1].numpy() for ids, mask in zip(batch["input_ids"][:2], batch["attention_mask"][:2])), {})
+    ours = trainer.response_scores(trainer.policy, collate([one]))
+    assert ours[:, 0].tolist() == pytest.approx(scores[:2].tolist(), abs=1e-5)
+
+
+def test_mean_and_spread_of_rewards():
+    trainer = make_trainer("loss=rm", "num_eval_examples=9", "max_tokens_per_microbatch=200")
+    trainer.evaluate()
+    line = read_lines("runs/rm/metrics.jsonl")[-1]
+    scores = [trainer.response_scores(trainer.policy, collate([e])) for e in trainer.eval_examples]
+    scores = torch.cat(scores).double().flatten()
+    assert line["rewards/mean"] == pytest.approx(scores.mean().item(), rel=1e-5)
+    assert line["rewards/std"] == pytest.approx(scores.std(correction=0).item(), rel=1e-3)
+    assert "rewards/mean_square" not in line
+
+
+def test_a_tokenizer_whose_padding_is_its_end(sft_run):
+    """The end token must count; batches of such a model are refused by transformers, single texts are right."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    tokenizer.pad_token = tokenizer.eos_token
+    shutil.copytree(f"{sft_run}/LATEST", "base")
+    tokenizer.save_pretrained("base")
+    trainer = make_trainer("loss=rm", "model=base")
+    trainer.train_step()
+    trainer.save()
+    model = AutoModelForSequenceClassification.from_pretrained("runs/rm/LATEST")
+    example = trainer.train_examples[0]
+    ids = torch.tensor([[*example.prompt, *example.responses[0]]])
+    assert ids[0, -1] == tokenizer.eos_token_id and model.config.pad_token_id is None
+    assert model(ids).logits.item() == pytest.approx(
+        trainer.response_scores(trainer.policy, collate([example]))[0, 0].item(), abs=1e-6)
+
+
+def test_a_reward_model_judges_samples(run, rm_run, sft_run):
+    shared = [*TINY_RUN, f"reward_model={rm_run}/LATEST", f"model={sft_run}/LATEST", "sample_max_tokens=24"]
+    line = read_lines(run(*shared, "loss=dpo", "max_steps=2", "eval_first=false", "lr=0.01") + "/metrics.jsonl")[-1]
+    assert {"samples/reward", "samples/true_reward", "samples/reference_reward", "samples/win_rate",
+            "samples/efficiency", "samples/well_formed"} <= set(line)
+    assert line["samples/efficiency"] is None or line["samples/efficiency"] == pytest.approx(
+        line["samples/true_reward"] / line["samples/optimal_reward"])
+    assert line["samples/reward"] != line["samples/true_reward"]
+    write_bare_pairs()
+    folder = run(*shared, "loss=sft", "data=bare.jsonl", "eval_data=bare.jsonl", "max_steps=0")
+    records, line = read_lines(f"{folder}/samples.jsonl"), read_lines(f"{folder}/metrics.jsonl")[0]
+    assert "samples/reward" in line and "samples/win_rate" not in line and "samples/true_reward" not in line
+    model = AutoModelForSequenceClassification.from_pretrained(f"{rm_run}/LATEST")
+    trainer = make_trainer(*shared, "data=bare.jsonl", "eval_data=bare.jsonl", "exp_name=again")
+    samples = trainer.generate(trainer.policy, trainer.sample_examples)
+    for example, ids, record in zip(trainer.sample_examples, samples, records, strict=True):
+        score = model(torch.tensor([[*example.prompt, *ids]])).logits.item()
+        assert record["reward"] == pytest.approx(score, abs=1e-4)
+
+
+def test_pairs_without_rewards_get_a_reward_models(run, rm_run, sft_run, monkeypatch):
+    write_bare_pairs(40)
+    settings = [*TINY_RUN, "loss=rpo", "data=bare.jsonl", f"reward_model={rm_run}/LATEST", f"model={sft_run}/LATEST",
+                "num_epochs=1", "max_steps=null", "save_every=2", "lr_schedule=constant", "eval_every=0"]
+    whole = run(*settings, "run_dir=whole")
+    lines = read_lines(f"{whole}/rewards.jsonl")
+    assert [line["where"] for line in lines] == [f"bare.jsonl line {i + 1}" for i in range(40)]
+    trainer = make_trainer("loss=rm", f"model={rm_run}/LATEST", "data=bare.jsonl")
+    for line, example in list(zip(lines, trainer.train_examples))[::9]:
+        scores = trainer.response_scores(trainer.policy, collate([example]))[:, 0].tolist()
+        assert [line["chosen_reward"], line["rejected_reward"]] == pytest.approx(scores, abs=1e-5)
+    run(*settings, "max_steps=6", "run_dir=part")
+    monkeypatch.setattr(trainers.Trainer, "score", lambda *_: pytest.fail("rewards are scored again"))
+    run("resume=true", "run_dir=part", "max_steps=null")
+    assert same_weights("whole", "part") and len(read_lines("part/rewards.jsonl")) == 40
+
+
+def test_rewards_in_the_data_stay(sft_run, rm_run):
+    rows = train.data.toy("train", True)[:6]
+    for row in rows[3:]:
+        del row["chosen_reward"]
+    write_lines("some.jsonl", rows)
+    trainer = make_trainer("loss=rpo", "data=some.jsonl", f"model={sft_run}/LATEST", f"reward_model={rm_run}/LATEST")
+    trainer.fill_in_rewards()
+    for row, example in zip(rows[:3], trainer.data_examples):
+        assert example.columns == {name: row[name] for name in ("chosen_reward", "rejected_reward")}
+    for row, example in zip(rows[3:], trainer.data_examples[3:]):  # half a pair of rewards is replaced whole
+        assert example.columns["rejected_reward"] != row["rejected_reward"]
+
+
+def test_reward_models_that_are_none(sft_run, run, refused):
+    latest_sft = f"{sft_run}/LATEST"
+    assert "first score.weight" in refused(*TINY_RUN, "loss=dpo", f"reward_model={latest_sft}", f"model={latest_sft}")
+    write_lines("rows.jsonl", [{"prompt": "p", "chosen": f"a {i}", "rejected": "other words"} for i in range(3)])
+    other = run("loss=rm", "data=rows.jsonl", "max_steps=1")
+    assert "reward_model=" in (said := refused(*TINY_RUN, "loss=dpo", f"reward_model={other}/LATEST"))
+    assert "has another tokenizer than the model" in said
+    assert "has nothing to judge with loss=rm" in refused("loss=rm", "reward_model=x", "exp_name=new")
+
+
+# ---------------------------------------------------------------- distillation
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "opt", "gemma2", "cohere", "granite", "mixtral"])
+def test_the_head_by_itself_is_the_models_own(model_type):
+    """Gemma 2 caps its logits, Cohere and Granite scale them: run_head must do the same."""
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5,
+        **{} if model_type in ("gpt2", "opt") else {
+            "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0})
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if hasattr(config, name):
+            setattr(config, name, 0.7)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = collate([Example("x", np.arange(3, 8), (np.arange(9, 9 + n),), {}) for n in (4, 2)])
+    states, hidden = trainers.run_decoder(model, batch)
+    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    parts = torch.cat([trainers.run_head(model, states, part) for part in hidden.split(4)])
+    assert torch.allclose(parts, expected[batch.predicts], atol=1e-5) and expected.std() > 0.05
+    assert "forward" not in vars(model.get_decoder())
+
+
+def test_chunks_of_logits_change_nothing(sft_run, monkeypatch):
+    norms = []
+    for logits in (10**9, 3000, 1):
+        monkeypatch.setattr(trainers, "CHUNK_LOGITS", logits)
+        trainer = make_trainer("loss=kd", f"model={sft_run}/LATEST", f"reference={sft_run}/LATEST", "kd.divergence=bwd_kl",
+                               "kd.temperature=2", "kd.sft_weight=0.5")
+        with torch.no_grad():
+            trainer.reference.lm_head.weight.mul_(0.5)
+        norms.append({k: v for k, v in trainer.train_step().items() if k in ("loss", "kd_loss", "sft_loss", "grad_norm")})
+    assert norms[0]["loss"] == pytest.approx(norms[0]["kd_loss"] + 0.5 * norms[0]["sft_loss"]) and len(norms[0]) == 4
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5) and norms[2] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_a_teacher_with_padded_embeddings(sft_run):
+    """Embeddings are often padded beyond the tokens; only what both have is compared."""
+    model = AutoModelForCausalLM.from_pretrained(f"{sft_run}/LATEST")
+    model.resize_token_embeddings(model.config.vocab_size + 7, mean_resizing=False)
+    model.save_pretrained("padded")
+    AutoTokenizer.from_pretrained(f"{sft_run}/LATEST").save_pretrained("padded")
+    trainer = make_trainer("loss=kd", f"model={sft_run}/LATEST", "reference=padded")
+    assert trainer.train_step()["loss"] == pytest.approx(0, abs=1e-6)
+
+
 # ---------------------------------------------------------------- checkpoints and models
 
 
@@ -457,7 +757,6 @@ def test_dropout_is_set_to_0(run, capsys):
 
 
 def test_weights_that_are_missing_are_refused(sft_run, refused):
-    import shutil
     from safetensors.torch import save_file
     shutil.copytree(f"{sft_run}/LATEST", "part")
     weights = load_file("part/model.safetensors")
@@ -555,6 +854,41 @@ def test_resuming_a_partial_last_batch_skips_nothing(run):
     folder = run(*settings)
     run("resume=true", "exp_name=sft", "num_epochs=2.5")
     assert [line["examples"] for line in read_lines(f"{folder}/metrics.jsonl")] == [4, 8, 12, 15, 19, 23, 25]
+
+
+def test_self_play_killed_in_every_phase(tmp_path):
+    """kill -9 while iteration 0 samples, then trains, while iteration 1 samples, then trains; resumed each time."""
+    settings = [*TINY_RUN, "loss=spin", "spin.max_tokens=12", "num_epochs=0.5", "max_steps=null", "save_every=3",
+                "eval_every=30", "eval_batch_size=8"]  # 50 steps an iteration, 50 batches to sample
+    undisturbed = start(*settings, "run_dir=undisturbed")
+    moments = [lambda: 60 < num_lines("killed/generated-00.jsonl") < 300,
+               lambda: num_lines("killed/generated-00.jsonl") == 400 and latest("killed") > 10,
+               lambda: 60 < num_lines("killed/generated-01.jsonl") < 300,
+               lambda: num_lines("killed/generated-01.jsonl") == 400 and latest("killed") > 60]
+    arguments = [*settings, "run_dir=killed"]
+    for moment in moments:
+        process = start(*arguments)
+        wait_for(moment, process)
+        process.kill()
+        process.wait()
+        arguments = ["resume=true", "run_dir=killed"]
+    with open("killed/generated-01.jsonl", "a") as file:
+        file.write('{"row": 1, "id')  # a torn line that no crash could leave now, but a copy could
+    last = start(*arguments)
+    assert last.wait(300) == 2 and "generated-01.jsonl" in last.stdout.read()
+    cut = open("killed/generated-01.jsonl").read().rpartition("\n")[0] + "\n"
+    open("killed/generated-01.jsonl", "w").write(cut)
+    last = start(*arguments)
+    assert last.wait(300) == 0, last.stdout.read()
+    assert undisturbed.wait(300) == 0
+    assert same_weights("killed", "undisturbed") and latest("killed") == 100
+    assert numbers("killed") == numbers("undisturbed")
+    for name in ("samples.jsonl", "generated-00.jsonl", "generated-01.jsonl"):
+        assert open(f"killed/{name}").read() == open(f"undisturbed/{name}").read()
+
+
+def latest(folder):
+    return int(os.readlink(f"{folder}/LATEST").split("-")[1]) if os.path.lexists(f"{folder}/LATEST") else -1
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -694,7 +1028,6 @@ def test_what_a_resumed_run_may_not_change(run, sft_run, refused):
 
 
 def test_changed_data_or_reference_are_refused(run, sft_run, refused):
-    import shutil
     shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), "base")
     rows = write_lines("r.jsonl", [{"prompt": "p", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(6)])
     folder = run("loss=dpo", "model=base", "data=r.jsonl", "batch_size=2", "max_steps=2", "lr_schedule=constant")
