@@ -123,7 +123,7 @@ def rm_loss(policy_chosen_scores, policy_rejected_scores, *, center_weight=0.0):
         -log sigmoid(r(x, y_w) - r(x, y_l)) + center_weight (r(x, y_w) + r(x, y_l))^2
 
     The second term ties the mean reward, which pairs leave open, to 0 (Eisenstein et al. 2023,
-    arXiv:2312.09244, Eq. 2). scores: (B,) float, r, the scalar head's output at each response's last token.
+    arXiv:2312.09244). scores: (B,) float, r, the scalar head's output at each response's last token.
     Returns losses (B,) and metrics. `rewards/mean` and `rewards/mean_square` are over both responses of a
     pair; from their averages the trainer makes `rewards/std`, the spread over all responses.
     Raises ValueError if center_weight < 0.

@@ -293,10 +293,11 @@ def check_config(config):
     if objective.inputs == "scores" and config.reward_model:
         raise InputError(f"reward_model={config.reward_model} has nothing to judge with loss={config.loss}, "
                          "which neither samples nor reads rewards: leave it out")
-    for name, value in getattr(config, config.loss, {}).items():
-        if isinstance(value, list) and len(value) != config.spin["iterations"]:
-            raise InputError(f"{config.loss}.{name}={value} has {len(value)} values for "
-                             f"{config.spin['iterations']} iterations: give one number, or one for each")
+    block = getattr(config, config.loss, {})
+    for name, value in block.items():
+        if isinstance(value, list) and len(value) != block["iterations"]:
+            raise InputError(f"{config.loss}.{name}={value} has {len(value)} values for {block['iterations']} "
+                             "iterations: give one number, or one for each")
     check_template(config)
     for key in PATHS:
         path = getattr(config, key) or ""

@@ -465,7 +465,7 @@ class Trainer:
         if name == self.config.loss and objective.self_play:
             finished = [float(example.responses[1][-1] in self.end_ids) for example in examples]
             metrics |= {"generated/length": batch.columns["rejected_length"],
-                        "generated/finished": torch.tensor(finished)}
+                        "generated/finished": torch.tensor(finished, device=losses.device)}
         return losses, metrics
 
     def response_logps(self, model, batch):
@@ -720,7 +720,7 @@ class Trainer:
                 scored = [{"key": key, "where": example.where, "chosen_reward": w, "rejected_reward": l}
                           for key, example, (w, l) in zip(keys, part, self.score(part, "pairs"))]
                 self.write("rewards.jsonl", scored)
-                known |= {line["key"]: line for line in scored}
+                known = {line["key"]: line for line in scored} | known
             for key, example in zip(keys, part):
                 example.columns |= {name: known[key][name] for name in ("chosen_reward", "rejected_reward")}
         tqdm.write(f"{len(lacking):,} pairs without rewards have those of reward_model, in rewards.jsonl")

@@ -59,6 +59,15 @@ def sft_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def rm_run(sft_run, tmp_path_factory):
+    """A reward model trained on toy for 150 steps: its folder."""
+    folder = str(tmp_path_factory.mktemp("rm") / "run")
+    assert train.main(["loss=rm", f"model={sft_run}/LATEST", "max_steps=150", "lr=5e-4", "num_eval_examples=null",
+                       "eval_every=1000", f"run_dir={folder}"]) == 0
+    return folder
+
+
 def read_lines(path):
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]

@@ -340,12 +340,47 @@ def test_readme_commands_do_not_meet_in_one_folder():
     assert len(names) > 8 and len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_run(command, run, sft_run):
-    """On the tiny model and few rows; what a command names and this machine lacks is put in its place."""
-    for name in ("sft", "mine-sft", "pythia-sft"):
+def test_the_readmes_other_commands(sft_run):
+    """Its `python -c` lines make files of rows, its first Python block a checkpoint's answer, another a student."""
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
+             if line.startswith("python -c")]
+    for line, name, count, columns in zip(lines, ("pairs.jsonl", "few.jsonl"), (16384, 128), (
+            {"prompt", "chosen", "rejected"}, {"prompt", "response"}), strict=True):
+        subprocess.run(line.replace("python", sys.executable, 1), shell=True, check=True,
+                       env=os.environ | {"PYTHONPATH": ROOT})
+        rows = read_lines(name)
+        assert len(rows) == count and all(set(row) == columns for row in rows)
+    for name in ("sft", "dpo"):
         os.makedirs(f"runs/{name}")
         shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), f"runs/{name}/LATEST")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "import" in block]
+    for block in blocks:
+        exec(block, {})
+    assert len(blocks) == 2
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in ("student", "runs/sft/LATEST"))
+    assert student.num_parameters() < teacher.num_parameters() / 4
+
+
+def test_the_frontier_command(sft_run):
+    """On few steps: the table has a line for each beta, with the efficiency that the run recorded."""
+    pytest.importorskip("matplotlib", reason="the picture needs it")
+    script = re.search(r"python (tests/benchmarks/frontier.py)", README).group(1)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), "--methods", "IPO", "--steps", "2", "--sft_steps",
+                           "40", "--runs", "f", "--picture", "f/picture.png"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("| IPO")]
+    assert len(table) == 4 and os.path.getsize("f/picture.png") > 10_000
+    last = read_lines("f/seed-0/IPO-0.1/metrics.jsonl")[-1]
+    assert f"| {last['samples/reward']:.2f} | {last['samples/kl']:.2f} |" in table[1]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_run(command, run, sft_run, rm_run):
+    """On the tiny model and few rows; what a command names and this machine lacks is put in its place."""
+    for name in ("sft", "mine-sft", "pythia-sft", "short", "rm"):
+        os.makedirs(f"runs/{name}")
+        shutil.copytree(os.path.realpath(f"{rm_run if name == 'rm' else sft_run}/LATEST"), f"runs/{name}/LATEST")
+    shutil.copytree("runs/sft/LATEST", "student")
     arguments = shlex.split(command)[2:]
     settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if "--help" in arguments:
@@ -355,13 +390,16 @@ def test_readme_commands_run(command, run, sft_run):
         run(*arguments)
         return
     chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a {i}"}],
-              "prompt": "p", "chosen": f"c {i}", "rejected": "r", "response": f"r {i}"} for i in range(8)]
-    for name in ("mine.jsonl", "held_out.jsonl"):
+              "prompt": "p", "chosen": f"c {i}", "rejected": "r", "response": f"r {i}",
+              "attributes": {"quality": 4, "humor": i}} for i in range(8)]
+    for name in ("mine.jsonl", "held_out.jsonl", "pairs.jsonl", "few.jsonl", "rated.jsonl", "rated_test.jsonl"):
         write_lines(name, chats)
     if "EleutherAI" in settings.get("model", "") or settings.get("model", "").startswith("Qwen"):
         arguments.append(f"model={sft_run}/LATEST")
     if settings.get("data") in ("hh", "ultrafeedback"):
         arguments += [f"data={FEW_ROWS}", "eval_data=toy"]
+    if settings.get("loss") == "spin":
+        arguments.append(f"data={FEW_ROWS}")
     run(*arguments, "max_steps=2", "batch_size=2", "num_eval_examples=4", "sample_max_tokens=4", "max_length=400",
         "exp_name=readme", "wandb=disabled", "lr_schedule=constant")
     assert len(losses_of("runs/readme")) == 2 or settings.get("max_steps") == "0"

@@ -547,15 +547,6 @@ def write_bare_pairs(count=400):
                                       for row in train.data.toy("train", True)[:count]])
 
 
-@pytest.fixture(scope="session")
-def rm_run(sft_run, tmp_path_factory):
-    """A reward model trained on toy for 150 steps: its folder."""
-    folder = str(tmp_path_factory.mktemp("rm") / "run")
-    assert train.main(["loss=rm", f"model={sft_run}/LATEST", "max_steps=150", "lr=5e-4", "num_eval_examples=null",
-                       "eval_every=1000", f"run_dir={folder}"]) == 0
-    return folder
-
-
 def test_a_reward_model_comes_near_the_best_possible_accuracy(rm_run):
     """Labels are drawn from sigmoid(r_w - r_l), so even the true rewards are right only so often; ties: half."""
     rows = train.data.toy("test", True)
