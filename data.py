@@ -17,7 +17,6 @@ import math
 import os
 import random
 import re
-import string
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Callable
@@ -29,7 +28,9 @@ import torch
 from tqdm import tqdm
 
 COMPUTED_COLUMNS = ("chosen_length", "rejected_length")  # an objective's columns that no row has to bring
+REWARDS = ("chosen_reward", "rejected_reward")  # columns that a reward model can fill
 COLUMN_ALIASES = {"chosen_reward": "score_chosen", "rejected_reward": "score_rejected"}
+FIELD = re.compile(r"\{([^{}]+)\}")  # in an attribute_template
 ASSISTANT = "\n\nAssistant:"  # closes the prompt in an HH transcript
 SHAPES = (  # prompt column, chosen or only response, rejected; the first that fits and suffices is read
     ("prompt", "chosen", "rejected"),
@@ -331,11 +332,11 @@ class TextRow:
         return not isinstance(self.prompt, str)
 
 
-def load_rows(sources, split, objective, template=None, attributes=None, may_lack_columns=False):
+def load_rows(sources, split, objective, template=None, attributes=None, may_lack_rewards=False):
     """Reads sources (names, hub ids, files) into TextRows that this objective can use, and a Report.
 
-    template puts a row's attributes into its prompt, laid over by `attributes`; see add_attributes. A number
-    that the objective needs and a row lacks is refused, or with may_lack_columns None.
+    template puts a row's attributes into its prompt, laid over by `attributes`; see add_attributes.
+    may_lack_rewards: a pair without rewards that the objective needs has None, instead of being refused.
     """
     rows, report, digest = [], Report(), hashlib.sha256()
     columns = [name for name in objective.columns if name not in COMPUTED_COLUMNS]
@@ -343,13 +344,13 @@ def load_rows(sources, split, objective, template=None, attributes=None, may_lac
                                                        for name in as_list(sources)):
         report.rows += 1
         try:
-            row = read_row(source, where, objective.reads_pairs, columns, may_lack_columns)
+            row = read_row(source, where, objective.reads_pairs, columns, may_lack_rewards)
         except Dropped as reason:
             report.drop(reason, where)
             continue
-        if template:
+        if template is not None:
             row = add_attributes(row, template, source.get("attributes"), attributes or {})
-        report.unused_attributes += isinstance(source.get("attributes"), dict) and not template
+        report.unused_attributes += isinstance(source.get("attributes"), dict) and template is None
         rows.append(row)
         try:
             digest.update(json.dumps([row.prompt, row.responses, row.columns], ensure_ascii=False).encode())
@@ -359,11 +360,11 @@ def load_rows(sources, split, objective, template=None, attributes=None, may_lac
     return rows, report
 
 
-def read_row(row, where, pairs, columns=(), may_lack_columns=False):
+def read_row(row, where, pairs, columns=(), may_lack_rewards=False):
     """A dataset row of any shape in SHAPES, by the columns that the objective reads alone.
 
-    may_lack_columns: an absent number is None. Raises Dropped for a row that cannot be trained on, InputError
-    for one that is malformed.
+    may_lack_rewards: if neither reward is there, both are None. Raises Dropped for a row that cannot be
+    trained on, InputError for one that is malformed.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type(row).__name__}, not an object with named columns")
@@ -396,8 +397,11 @@ def read_row(row, where, pairs, columns=(), may_lack_columns=False):
             raise Dropped(f"{name} is white space only")
     if pairs and answers[0] == answers[1]:
         raise Dropped(f"{shape[1]} and {shape[2]} are equal")
+    lacking = may_lack_rewards and all(row.get(name) is None for reward in REWARDS
+                                       for name in (reward, COLUMN_ALIASES[reward]))
     return TextRow(where, prompt, tuple(answers),
-                   {name: read_number(row, where, name, may_lack_columns) for name in columns})
+                   {name: None if lacking and name in REWARDS else read_number(row, where, name)
+                    for name in columns})
 
 
 def is_text(value):
@@ -452,34 +456,24 @@ def add_attributes(row, template, attributes, more):
     if not isinstance(attributes or {}, dict):
         value = json.dumps(attributes, default=str)[:60]
         raise InputError(f"{row.where}: column attributes is {value}; it must map names to values")
-    values = {name: value for name, value in (attributes or {}).items() if value is not None} | more
-    text = row.prompt[-1]["content"] if row.is_chat else row.prompt
-    everything = ",".join(f"{name}:{value}" for name, value in values.items())
-    absent = sorted(template_fields(template) - {"prompt", "attributes", *values})
+    values = {name: value for name, value in ((attributes or {}) | more).items() if value is not None}
+    absent = sorted(set(FIELD.findall(template)) - {"prompt", "attributes", *values})
     if absent or not values:
         raise InputError(f"{row.where} has no {absent[0] if absent else 'value'} in its column attributes, "
                          "which attribute_template needs: add it, or change the template")
-    try:
-        text = template.format(**values | {"prompt": text, "attributes": everything})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{row.where}: attribute_template does not fit its attributes: {error}") from error
+    everything = ",".join(f"{name}:{value}" for name, value in values.items())
+    values |= {"attributes": everything, "prompt": row.prompt[-1]["content"] if row.is_chat else row.prompt}
+    text = FIELD.sub(lambda field: str(values[field[1]]), template)
     prompt = [*row.prompt[:-1], row.prompt[-1] | {"content": text}] if row.is_chat else text
     return replace(row, prompt=prompt)
 
 
-def template_fields(template):
-    """The names in a template's braces. Raises ValueError for one that is malformed."""
-    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-
-
-def read_number(row, where, name, may_lack=False):
+def read_number(row, where, name):
     """The float in column `name`, or in its alias."""
     value = row.get(COLUMN_ALIASES.get(name)) if row.get(name) is None else row[name]
-    if value is None and may_lack:
-        return None
     if value is None:
         alias = f" (or {COLUMN_ALIASES[name]})" if name in COLUMN_ALIASES else ""
-        helps = ", or reward_model= to fill it" if "reward" in name else ""
+        helps = " (where a pair has neither reward, reward_model= gives both)" if name in REWARDS else ""
         raise InputError(f"{where}: the objective needs a column {name}{alias}, a number{helps}; "
                          f"the row has {', '.join(map(str, row))}")
     try:

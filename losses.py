@@ -131,13 +131,14 @@ def rm_loss(policy_chosen_scores, policy_rejected_scores, *, center_weight=0.0):
     check(center_weight >= 0, "center_weight", center_weight, "at least 0")
     margins = policy_chosen_scores - policy_rejected_scores
     sums = policy_chosen_scores + policy_rejected_scores
+    squares = policy_chosen_scores.double().square() + policy_rejected_scores.double().square()
     metrics = {
         "rewards/chosen": policy_chosen_scores,
         "rewards/rejected": policy_rejected_scores,
         "rewards/accuracies": (margins > 0).to(margins.dtype),
         "rewards/margins": margins,
         "rewards/mean": sums / 2,
-        "rewards/mean_square": (policy_chosen_scores.square() + policy_rejected_scores.square()) / 2,
+        "rewards/mean_square": squares / 2,
     }
     losses = -F.logsigmoid(margins) + center_weight * sums.square()
     return losses, {name: value.detach() for name, value in metrics.items()}

@@ -61,7 +61,7 @@ def build_trainer(config, checkpoint=None):
     named = [name for name in as_list(config.data) if name in DATASETS]
     eval_sources = as_list(config.eval_data) or named
     load = functools.partial(data.load_rows, objective=objective, template=config.attribute_template,
-                             may_lack_columns=config.reward_model is not None)
+                             may_lack_rewards=config.reward_model is not None)
     train_rows, train_report = load(config.data, "train")
     eval_rows, eval_report = load(eval_sources, "test")
 
@@ -77,9 +77,10 @@ def build_trainer(config, checkpoint=None):
     train_examples = data.encode(train_rows, train_report, tokenizer, config, end_ids)
     held_out = data.encode(eval_rows, eval_report, tokenizer, config, end_ids, limit)
     sample_examples = held_out[:num_prompts]
+    reports = {"data": train_report, "eval data": eval_report}
     if config.sample_attributes:
-        rows, report = load(eval_sources, "test", attributes=config.sample_attributes)
-        sample_examples = data.encode(rows, report, tokenizer, config, end_ids, num_prompts)
+        rows, reports["samples"] = load(eval_sources, "test", attributes=config.sample_attributes)
+        sample_examples = data.encode(rows, reports["samples"], tokenizer, config, end_ids, num_prompts)
     if config.max_steps == 0 and not eval_sources:
         raise InputError("max_steps=0 only evaluates and samples, and there is nothing to: name eval_data")
     for key, report in (("data", train_report), ("eval_data", eval_report)):
@@ -93,7 +94,7 @@ def build_trainer(config, checkpoint=None):
     trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, train_examples,
                                train_report.fingerprint, held_out[:config.num_eval_examples], sample_examples,
                                judge, reward_model, checkpoint)
-    print_summary(trainer, dropouts, {"data": train_report, "eval data": eval_report})
+    print_summary(trainer, dropouts, reports)
     return trainer
 
 
@@ -199,7 +200,7 @@ def load_yaml(text, what):
 
 def parse(text, rule):
     """A command line's value: YAML, but text as it stands where text is allowed."""
-    if "str" in rule.split() and not (text == "null" or text.startswith("[")):
+    if "str" in rule.split() and text != "null" and not ("list" in rule and text.startswith("[")):
         return text
     return load_yaml(text, repr(text))
 
@@ -290,14 +291,18 @@ def check_config(config):
     if objective.needs_teacher and not config.reference:
         raise InputError(f"loss={config.loss} needs a teacher: name the model, with the same tokenizer, by "
                          "reference=")
-    if objective.inputs == "scores" and config.reward_model:
-        raise InputError(f"reward_model={config.reward_model} has nothing to judge with loss={config.loss}, "
-                         "which neither samples nor reads rewards: leave it out")
+    unread = [] if objective.needs_reference else ["reference"]
+    unread += ["reward_model", "sample_attributes"] if objective.inputs == "scores" else []
+    for key in unread:
+        if value := getattr(config, key):
+            raise InputError(f"{key}={value} is not read with loss={config.loss}: leave it out")
+    if config.reward_model == "tiny":
+        raise InputError("reward_model=tiny would judge at random: train one by loss=rm, and name its LATEST")
     block = getattr(config, config.loss, {})
     for name, value in block.items():
-        if isinstance(value, list) and len(value) != block["iterations"]:
-            raise InputError(f"{config.loss}.{name}={value} has {len(value)} values for {block['iterations']} "
-                             "iterations: give one number, or one for each")
+        if isinstance(value, list) and len(value) != block.get("iterations", 1):
+            raise InputError(f"{config.loss}.{name}={value} has {len(value)} values where {config.loss}."
+                             f"iterations={block.get('iterations', 1)}: give one number, or one for each")
     check_template(config)
     for key in PATHS:
         path = getattr(config, key) or ""
@@ -323,19 +328,16 @@ def check_config(config):
 
 
 def check_template(config):
-    """Raises InputError if attribute_template is malformed or sample_attributes are not in it."""
-    template = config.attribute_template or "{prompt}{attributes}"
-    try:
-        fields = data.template_fields(template)
-    except ValueError as error:
-        raise InputError(f"attribute_template={template!r} is malformed: {error}") from error
-    if "prompt" not in fields or len(fields) == 1:
+    """Raises InputError if attribute_template is malformed or does not read sample_attributes."""
+    template, given = config.attribute_template, config.sample_attributes
+    fields = set(data.FIELD.findall(template or ""))
+    if template is not None and ("prompt" not in fields or len(fields) == 1
+                                 or set("{}") & set(data.FIELD.sub("", template))):
         raise InputError(f"attribute_template={template!r} must hold {{prompt}}, and {{attributes}} or an "
-                         "attribute's name in braces")
-    unread = [name for name in config.sample_attributes if not {name, "attributes"} & fields]
-    if config.sample_attributes and (unread or not config.attribute_template):
-        raise InputError(f"sample_attributes={config.sample_attributes} are not read by "
-                         f"attribute_template={config.attribute_template!r}: name them in it")
+                         "attribute's name in braces, and no other braces")
+    if {"prompt", "attributes"} & given.keys() or not all({name, "attributes"} & fields for name in given):
+        raise InputError(f"sample_attributes={given} are not read by attribute_template={template!r}: name "
+                         "them in it")
 
 
 # ---------------------------------------------------------------- the run's folder
@@ -505,10 +507,12 @@ def print_results(trainer):
         return
     latest = os.path.join(os.path.relpath(config.run_dir), "LATEST")
     print(f"\ncheckpoint  {latest} -> step-{trainer.saved_step:06d}")
+    sources = shlex.quote(config.data if isinstance(config.data, str) else f"[{','.join(config.data)}]")
     if trainer.objective.inputs == "scores":
-        print(f"next        python train.py loss=rpo reward_model={shlex.quote(latest)} model=... data=...")
+        following = f"reward_model={shlex.quote(latest)} model={shlex.quote(config.model)} data={sources}"
+        print(f"next        python train.py loss=rpo {following}")
     elif trainer.objective.needs_reference:
-        shortest = min(trainer.train_examples, key=lambda example: len(example.prompt))
+        shortest = min(trainer.data_examples, key=lambda example: len(example.prompt))
         prompt = trainer.tokenizer.decode(shortest.prompt)
         answer = f'pipeline("text-generation", {json.dumps(latest)})({json.dumps(prompt)})'
         code = f'from transformers import pipeline; print({answer}[0]["generated_text"])'
@@ -517,8 +521,7 @@ def print_results(trainer):
         following = next(name for name, objective in OBJECTIVES.items() if objective.reads_pairs)
         settings = f"lr=2e-4 num_epochs=1 {following}.beta=1 {following}.sft_weight=0.05"  # the README's
         if config.data != "toy":
-            sources = config.data if isinstance(config.data, str) else f"[{','.join(config.data)}]"
-            settings = f"lr=5e-7 lr_schedule=constant data={shlex.quote(sources)}"
+            settings = f"lr=5e-7 lr_schedule=constant data={sources}"
         print(f"next        python train.py loss={following} model={shlex.quote(latest)} {settings}")
 
 

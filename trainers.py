@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GenerationConfig, LlamaConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper)
 
-from data import InputError, collate, first_line, microbatches, stream, train_tokenizer
+from data import REWARDS, InputError, collate, first_line, microbatches, stream, train_tokenizer
 from losses import OBJECTIVES
 
 START = time.monotonic()  # max_hours counts from here
@@ -94,6 +94,8 @@ def load_model(path, model_config, config, tokenizer, head=None):
         else:
             model, info = auto_class.from_pretrained(path, config=model_config, output_loading_info=True,
                                                      **options)
+            if not head and any(name.startswith("score.") for name in info["unexpected_keys"]):
+                raise ValueError("it is a reward model, without a language model's head")
             absent = {*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])}
             if absent := sorted(absent - ({"score.weight"} if head == "new scores" else set())):
                 raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]}")
@@ -243,7 +245,8 @@ class Trainer:
         self.objective = OBJECTIVES[config.loss]
         self.policy = policy.train()
         self.reference = reference and reference.eval().requires_grad_(False)
-        self.fingerprints = {"data": data_fingerprint, "reference": reference and fingerprint(reference)}
+        self.fingerprints = {"data": data_fingerprint, "reference": reference and fingerprint(reference),
+                             "reward_model": reward_model and fingerprint(reward_model)}
         self.tokenizer, self.end_ids = tokenizer, end_ids
         self.data_examples, self.train_examples = train_examples, train_examples
         self.eval_examples, self.sample_examples = eval_examples, sample_examples
@@ -257,7 +260,7 @@ class Trainer:
         self.stop = None  # signal number, or "max_hours"
         self.throughput = collections.Counter()  # since the last logged step
         self.wandb = None
-        self.reference_samples = None
+        self.reference_samples = self.reference_scores = None
         self.evaluated_steps = set()
         if checkpoint:
             self.restore(checkpoint)
@@ -298,8 +301,9 @@ class Trainer:
 
     @property
     def is_finished(self):
-        return self.step >= self.last_step and (
-            self.iteration + 1 == self.setting("iterations", 1) or self.step == self.config.max_steps)
+        limit = math.inf if self.config.max_steps is None else self.config.max_steps
+        last_iteration = self.iteration + 1 >= self.setting("iterations", 1)
+        return self.step >= limit or last_iteration and self.step >= self.last_step
 
     def train(self):
         """Runs to the end or until asked to stop; returns None, the signal's number or "max_hours"."""
@@ -382,7 +386,7 @@ class Trainer:
         started = time.perf_counter()
         stop = min(self.position + self.config.batch_size, self.num_positions(len(self.train_examples)))
         rows = stream(len(self.train_examples), self.position, stop,
-                      seed=self.config.seed + 1000 * self.iteration, shuffle=self.config.shuffle)
+                      seed=self.config.seed + 7_368_787 * self.iteration, shuffle=self.config.shuffle)
         examples = [self.train_examples[row] for row in rows]
         batches = microbatches(examples, self.config.gradient_accumulation_steps,
                                self.config.max_tokens_per_microbatch)
@@ -428,25 +432,24 @@ class Trainer:
             means["loss"] += losses.detach().double().sum() / denominator
             for name, value in metrics.items():
                 means[name] += value.double().sum() / (denominator if name.endswith("loss") else num_examples)
-        for name in [name for name in means if name.endswith("/mean_square")]:
-            mean = name.removesuffix("_square")
-            variance = means.pop(name) - means[mean] ** 2
-            means[mean.removesuffix("mean") + "std"] = variance.clamp(min=0).sqrt()
+        if "rewards/mean_square" in means:
+            variance = means.pop("rewards/mean_square") - means["rewards/mean"] ** 2
+            means["rewards/std"] = variance.clamp(min=0).sqrt()
         return dict(means)
 
-    def loss_of(self, examples):
+    def loss_name(self, examples):
         """The name of the loss of these examples: the config's; in self-play, of rows as in the data, sft."""
         return "sft" if self.objective.self_play and len(examples[0].responses) == 1 else self.config.loss
 
     def denominator(self, examples):
-        name = self.loss_of(examples)
+        name = self.loss_name(examples)
         if self.setting("average", OBJECTIVES[name].average, name) == "tokens":
             return sum(len(response) for example in examples for response in example.responses)
         return len(examples)
 
     def losses(self, examples):
         """The losses (B,) and metrics of a list of examples, in one forward of each model."""
-        name = self.loss_of(examples)
+        name = self.loss_name(examples)
         objective = OBJECTIVES[name]
         batch = collate(examples, torch.promote_types(self.policy.dtype, torch.float32))
         batch = batch.to(self.policy.device)
@@ -483,8 +486,9 @@ class Trainer:
             hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
                                       use_cache=False)[0]  # (K * B, T, D)
             last = batch.attention_mask.sum(-1) - 1
-            scores = model.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0]  # (K * B,)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            hidden = hidden[torch.arange(len(last), device=last.device), last]  # (K * B, D)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)  # of bfloat16 scores many would be equal
+        scores = F.linear(hidden.to(dtype), model.score.weight.to(dtype), model.score.bias)[:, 0]
         return scores.view(batch.num_responses, -1)
 
     def token_losses(self, batch, loss):
@@ -540,9 +544,7 @@ class Trainer:
     def evaluate(self):
         """Metrics over the held-out examples, then samples; changes neither weights nor random state."""
         self.policy.eval()
-        parts = math.ceil(len(self.eval_examples) / self.config.eval_batch_size)
-        batches = microbatches(self.eval_examples, parts, self.config.max_tokens_per_microbatch)
-        means = self.accumulate(batches, self.denominator(self.eval_examples))
+        means = self.accumulate(self.eval_batches(self.eval_examples), self.denominator(self.eval_examples))
         metrics = {name: value.item() for name, value in means.items()}
         if self.sample_examples:
             metrics |= self.sample()
@@ -550,6 +552,10 @@ class Trainer:
         self.policy.train()
         self.log("eval", metrics)  # last: a resumed run takes this line as the sign that all was written
         self.evaluated_steps.add(self.step)
+
+    def eval_batches(self, examples):
+        parts = math.ceil(len(examples) / self.config.eval_batch_size)
+        return microbatches(examples, parts, self.config.max_tokens_per_microbatch)
 
     def sample(self):
         """Answers of policy and reference to the same prompts; prints and writes num_samples of them.
@@ -563,25 +569,36 @@ class Trainer:
                 self.reference_samples = self.generate(self.reference, self.sample_examples)
             answers["reference"] = self.reference_samples
             metrics["samples/kl"] = self.sample_kl(answers["policy"])
-        answers["chosen"] = [example.responses[0].tolist() for example in self.sample_examples]
         records = [{"prompt": self.tokenizer.decode(example.prompt)} for example in self.sample_examples]
         for who, responses in answers.items():
+            scores = who == "reference" and self.reference_scores or self.score_samples(responses)
             prefix = "" if who == "policy" else "reference_"
-            learned = self.score(self.with_responses(responses), who) if self.reward_model else None
-            for number, (record, ids) in enumerate(zip(records, responses)):
-                finished = len(ids) > 0 and ids[-1] in self.end_ids
+            for record, ids, values in zip(records, responses, scores):
                 record[who] = self.decode(ids)
-                if who == "chosen":
-                    continue
-                scores = self.dataset.scores(record["prompt"], record[who], finished) if self.dataset else {}
-                if learned:
-                    scores = {f"true_{name}" if name == "reward" else name: value
-                              for name, value in scores.items()} | {"reward": learned[number][0]}
-                record |= {prefix + name: float(value) for name, value in scores.items()}
+                record |= {prefix + name: float(value) for name, value in values.items()}
+        if self.reference_samples:
+            self.reference_scores = scores
+        for record, example in zip(records, self.sample_examples):
+            record["chosen"] = self.decode(example.responses[0].tolist())
         if self.dataset or self.reward_model:
             metrics |= self.score_metrics(records, metrics.get("samples/kl"))
         self.show_samples(records[:self.config.num_samples])
         return metrics
+
+    def score_samples(self, samples):
+        """What is known of each sample, in a dict: the data's true scores, the reward model's `reward`."""
+        scores = [{} for _ in samples]
+        if self.dataset:
+            for i, (example, ids) in enumerate(zip(self.sample_examples, samples)):
+                finished = len(ids) > 0 and ids[-1] in self.end_ids
+                prompt = self.tokenizer.decode(example.prompt)
+                scores[i] = dict(self.dataset.scores(prompt, self.decode(ids), finished))
+        if self.reward_model:
+            for values, (reward,) in zip(scores, self.score(self.with_responses(samples), "samples")):
+                if "reward" in values:
+                    values["true_reward"] = values.pop("reward")
+                values["reward"] = reward
+        return scores
 
     def score_metrics(self, records, kl):
         """Means of the scores; with a reference also the win rate against its answers (a tie is half a win).
@@ -619,7 +636,7 @@ class Trainer:
     def sample_kl(self, samples):
         """Mean over samples of log pi - log ref on the sampled ids, in nats, clipped below at 0."""
         total = 0.0
-        for examples in microbatches(self.with_responses(samples), 1, self.config.max_tokens_per_microbatch):
+        for examples in self.eval_batches(self.with_responses(samples)):
             self.check_stop()
             batch = collate(examples).to(self.policy.device)
             ratios = self.response_logps(self.policy, batch) - self.response_logps(self.reference, batch)
@@ -628,7 +645,7 @@ class Trainer:
 
     def with_responses(self, samples):
         """The examples that are sampled from, with one response each: these ids."""
-        return [dataclasses.replace(example, responses=(np.array(ids, np.int32),))
+        return [dataclasses.replace(example, responses=(np.array(ids, np.int32),), columns={})
                 for example, ids in zip(self.sample_examples, samples)]
 
     def decode(self, ids):
@@ -649,17 +666,21 @@ class Trainer:
     def sample_batches(self, model, examples, rooms, seeds, sampling, known=frozenset()):
         """Samples responses, batch by batch in order of length: yields example numbers and their ids.
 
-        rooms: tokens that each response may have at most; fewer where the model's positions end. Each has
-        noise of its own seed, so a sample depends on its prompt and seed, not on the batch. A batch of which
-        all are in `known` is skipped.
+        rooms: tokens that each response may have at most, no more for a longer prompt; and fewer where the
+        positions of a model that will read it end. Each has noise of its own seed, so a sample depends on its
+        prompt and seed, not on the batch. A batch of which all are in `known` is skipped.
         """
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        positions = min(getattr(reader.config.get_text_config(), "max_position_embeddings", None) or math.inf
+                        for reader in (self.policy, self.reference, self.reward_model) if reader)
         rooms = [min(room, positions - len(example.prompt)) for room, example in zip(rooms, examples)]
-        order = sorted(range(len(examples)), key=lambda i: (rooms[i], len(examples[i].prompt)))
-        size, batches = self.config.eval_batch_size, []
-        for _, group in itertools.groupby(order, key=lambda i: rooms[i]):
-            group = list(group)
-            batches += [group[start:start + size] for start in range(0, len(group), size)]
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+        batches = []
+        for i in order:  # generate() goes on for all until the first, with the most room, is done
+            if batches and len(batches[-1]) < self.config.eval_batch_size and (
+                    len(examples[i].prompt) + rooms[batches[-1][0]] <= positions):
+                batches[-1].append(i)
+            else:
+                batches.append([i])
         pad = self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         kept = model.generation_config  # put aside, or its repetition penalty and the like are mixed in
         model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids,
@@ -677,7 +698,7 @@ class Trainer:
                     output = model.generate(input_ids, attention_mask=mask.to(model.device),
                                             max_new_tokens=rooms[batch[0]], logits_processor=[noise])
                 responses = output[:, input_ids.shape[1]:].tolist()
-                yield batch, [self.up_to_end(ids) for ids in responses]
+                yield batch, [self.up_to_end(ids)[:rooms[i]] for i, ids in zip(batch, responses)]
         finally:
             model.generation_config = kept
 
@@ -689,17 +710,10 @@ class Trainer:
     @torch.no_grad()
     def score(self, examples, what):
         """The reward model's scores of examples' responses: lists of floats, in the examples' order."""
-        scores = {}
-        positions = getattr(self.reward_model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max((example.row_length for example in examples), default=0)
-        if positions and longest > positions:
-            raise InputError(f"a prompt with its response has {longest} tokens, beyond the {positions} "
-                             "positions of reward_model: lower sample_max_tokens, or choose another one")
-        batches = microbatches(examples, 1, self.config.max_tokens_per_microbatch)
+        scores, batches = {}, self.eval_batches(examples)
         for batch in tqdm(batches, desc=f"scoring {what}", unit="batch", leave=False, disable=None):
             self.check_stop()
-            values = self.response_scores(self.reward_model, collate(
-                [dataclasses.replace(example, columns={}) for example in batch]).to(self.reward_model.device))
+            values = self.response_scores(self.reward_model, collate(batch).to(self.reward_model.device))
             scores |= {id(example): row for example, row in zip(batch, values.T.tolist())}
         return [scores[id(example)] for example in examples]
 
@@ -709,20 +723,20 @@ class Trainer:
                    if None in example.columns.values()]
         if not lacking:
             return
-        judge = fingerprint(self.reward_model).encode()
-        kept = cut_back(self.path("rewards.jsonl"), lambda line: "key" in line)
+        judge = self.fingerprints["reward_model"].encode()
+        kept = cut_back(self.path("rewards.jsonl"), lambda line: {"key", *REWARDS} <= line.keys())
         known = {line["key"]: line for line in kept}
         for start in tqdm(range(0, len(lacking), 1000), desc="rewards, 1,000 pairs at a time", disable=None):
-            part = lacking[start:start + 1000]  # always the same thousand, for batches decide the last digits
+            part = [dataclasses.replace(example, columns={}) for example in lacking[start:start + 1000]]
             keys = [hashlib.sha256(b"|".join([judge, *(ids.tobytes() for ids in (
                 example.prompt, *example.responses))])).hexdigest() for example in part]
             if not known.keys() >= set(keys):
-                scored = [{"key": key, "where": example.where, "chosen_reward": w, "rejected_reward": l}
-                          for key, example, (w, l) in zip(keys, part, self.score(part, "pairs"))]
+                scored = [{"key": key, "where": example.where, **dict(zip(REWARDS, scores))}
+                          for key, example, scores in zip(keys, part, self.score(part, "pairs"))]
                 self.write("rewards.jsonl", scored)
                 known = {line["key"]: line for line in scored} | known
-            for key, example in zip(keys, part):
-                example.columns |= {name: known[key][name] for name in ("chosen_reward", "rejected_reward")}
+            for key, example in zip(keys, lacking[start:start + 1000]):
+                example.columns |= {name: known[key][name] for name in REWARDS}
         tqdm.write(f"{len(lacking):,} pairs without rewards have those of reward_model, in rewards.jsonl")
 
     @torch.no_grad()
@@ -740,31 +754,40 @@ class Trainer:
                  for example in examples]
         seeds = [zlib.crc32(f"{self.config.seed} {iteration} {row}".encode())  # a CPU generator reads 32 bits
                  for row in range(len(examples))]
-        known = {line["row"] for line in cut_back(self.path(name), lambda line: True)}
+        key = self.answers_key(iteration)
+        known = {line["row"] for line in cut_back(self.path(name), lambda line: line.get("key") == key)}
         for rows, answers in self.sample_batches(self.reference, examples, rooms, seeds, sampling, known):
             if known.intersection(rows):  # of a batch that was written in part all is written again
                 cut_back(self.path(name), lambda line: line["row"] not in rows)
             self.write(name, [
                 {"row": row, "where": examples[row].where,
-                 "prompt": self.tokenizer.decode(examples[row].prompt),
-                 "response": self.decode(ids), "finished": ids[-1] in self.end_ids, "ids": ids}
+                 "prompt": self.tokenizer.decode(examples[row].prompt), "response": self.decode(ids),
+                 "finished": ids[-1] in self.end_ids, "ids": ids, "key": key}
                 for row, ids in zip(rows, answers)])
         self.iteration, self.first_step, self.first_examples = iteration, self.step, self.examples
         self.pair_answers()
         if iteration > 0 and self.setting("reset_optimizer"):
             self.optimizer = make_optimizer(self.policy.parameters(), self.config)
 
+    def answers_key(self, iteration):
+        """Stands in every answer of an iteration: of another opponent or other sampling it is another."""
+        parts = [self.setting(name) for name in ("temperature", "top_p", "top_k", "max_tokens")]
+        parts += [self.config.max_length, self.config.seed, iteration]
+        parts += [self.fingerprints[name] for name in ("data", "reference")]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
     def pair_answers(self):
         """train_examples of this iteration: the data's responses against the answers in generated-*.jsonl."""
         self.train_examples, num_equal = [], 0
-        for iteration in range(self.iteration - 1 if self.setting("mix_previous") else self.iteration,
-                               self.iteration + 1):
-            name = f"generated-{iteration:02d}.jsonl"
+        first = max(0, self.iteration - 1) if self.setting("mix_previous") else self.iteration
+        for iteration in range(first, self.iteration + 1):
+            name, key = f"generated-{iteration:02d}.jsonl", self.answers_key(iteration)
             try:
-                answers = {line["row"]: line["ids"] for line in self.lines(name)}
+                answers = {line["row"]: line["ids"] for line in self.lines(name)
+                           if iteration < self.iteration or line["key"] == key}
             except (ValueError, TypeError, KeyError):
                 answers = {}
-            if iteration >= 0 and len(answers) != len(self.data_examples):
+            if answers.keys() != set(range(len(self.data_examples))):
                 raise InputError(f"{self.path(name)} has not one whole line for each answer of iteration "
                                  f"{iteration}, which this run needs: put it back, or start a new run")
             for row in sorted(answers):
@@ -882,9 +905,6 @@ class Trainer:
         for name in os.listdir(self.config.run_dir):
             if re.fullmatch(r"\.(step-\d+|reference)\.partial", name):
                 shutil.rmtree(self.path(name))
-            made = re.fullmatch(r"generated-(\d+)\.jsonl", name)
-            if made and (self.saved_step is None or int(made[1]) > self.iteration + 1):
-                os.remove(self.path(name))
         kept = cut_back(self.path("metrics.jsonl"),
                         lambda line: self.saved_step is not None and line["step"] <= self.step)
         self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
@@ -958,8 +978,8 @@ def read_counters(checkpoint):
                          "point LATEST at a whole one, or start a new run")
     try:
         with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
-            counters = dict.fromkeys(COUNTERS[2:], 0) | json.load(file)
-        return {name: counters[name] for name in (*COUNTERS, "data", "reference")}
+            counters = dict.fromkeys(COUNTERS[2:], 0) | {"reward_model": None} | json.load(file)
+        return {name: counters[name] for name in (*COUNTERS, "data", "reference", "reward_model")}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"checkpoint {checkpoint} is damaged, its state.json is not whole: point LATEST at "
                          "another one, or start a new run") from error

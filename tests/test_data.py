@@ -142,6 +142,8 @@ def test_given_attributes_go_before_the_rows_own():
     rows, _ = with_attributes({"attributes": {"quality": 1, "tone": "dry"}}, quality=4)
     assert rows[0].prompt == "p <quality:4,tone:dry> Quality 4:"
     assert with_attributes({}, quality=4)[0][0].prompt == "p <quality:4> Quality 4:"
+    with pytest.raises(InputError, match="has no quality"):
+        with_attributes({"attributes": {"quality": 1}}, quality=None)
 
 
 @pytest.mark.parametrize("row, said", [
@@ -153,8 +155,6 @@ def test_attributes_that_do_not_fit(row, said):
     with pytest.raises(InputError) as caught:
         with_attributes(row)
     assert said in str(caught.value)
-    with pytest.raises(InputError, match="attribute_template does not fit its attributes"):
-        with_attributes({"attributes": {"quality": "high"}}, "{prompt} {quality:.1f}")
     with pytest.raises(InputError, match="has no value in its column attributes"):
         with_attributes({}, "{prompt} {attributes}")
 
@@ -171,11 +171,13 @@ def test_attributes_are_part_of_the_fingerprint():
 
 
 def test_pairs_may_lack_rewards_where_a_reward_model_will_fill_them():
-    row = {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 2}
-    names = ("chosen_reward", "rejected_reward")
-    assert read_row(row, "x", True, names, may_lack_columns=True).columns == {"chosen_reward": 2.0, "rejected_reward": None}
-    with pytest.raises(InputError, match="or reward_model= to fill it"):
-        read_row(row, "x", True, names)
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1}
+    names = ("margin", "chosen_reward", "rejected_reward")
+    assert read_row(row, "x", True, names, may_lack_rewards=True).columns == {
+        "margin": 1.0, "chosen_reward": None, "rejected_reward": None}
+    for changes, allowed in (({}, False), ({"score_chosen": 2}, True), ({"margin": None}, True)):
+        with pytest.raises(InputError, match="x: the objective needs a column"):
+            read_row(row | changes, "x", True, names, may_lack_rewards=allowed)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_column():

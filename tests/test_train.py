@@ -155,8 +155,13 @@ BAD_INPUT = [
     (["data=single.jsonl", "max_steps=0"], "max_steps=0 only evaluates and samples, and there is nothing to"),
     (["resume=true"], "has no complete checkpoint to resume"),
     (["loss=spin", "reference=notes"], "does not go with loss=spin, whose reference is the policy at the start"),
-    (["loss=spin", "spin.beta=[0.1,0.2,0.3]"], "spin.beta=[0.1, 0.2, 0.3] has 3 values for 2 iterations"),
-    (["loss=spin", "spin.iterations=1", "spin.lr=[1e-4,1e-5]"], "spin.lr=[0.0001, 1e-05] has 2 values for 1 iterations"),
+    (["loss=spin", "spin.beta=[0.1,0.2,0.3]"], "spin.beta=[0.1, 0.2, 0.3] has 3 values where spin.iterations=2"),
+    (["loss=spin", "spin.iterations=1", "spin.lr=[1e-4,1e-5]"], "spin.lr=[0.0001, 1e-05] has 2 values where spin.iterations=1"),
+    (["loss=sft", "reference=notes"], "notes is not read with loss=sft: leave it out"),
+    (["loss=rm", "reward_model=x"], "reward_model=x is not read with loss=rm"),
+    (["loss=rm", "attribute_template={prompt} {tone}", "sample_attributes.tone=dry"], "is not read with loss=rm"),
+    (["loss=dpo", "reward_model=tiny"], "reward_model=tiny would judge at random"),
+    (["data=half_rewarded.jsonl", "loss=rpo", "reward_model=run2"], "half_rewarded.jsonl line 1: the objective needs a column rejected_reward"),
     (["spin.beta=[0.1,0]"], "spin.beta=[0.1, 0] is not allowed: it must be float > 0 or list of float > 0"),
     (["spin.iterations=0"], "spin.iterations=0 is not allowed: it must be int >= 1"),
     (["spin.top_k=-1"], "spin.top_k=-1 is not allowed: it must be int >= 0"),
@@ -165,7 +170,10 @@ BAD_INPUT = [
     (["kd.divergence=sq"], "kd.divergence='sq' is not allowed: it must be fwd_kl | bwd_kl"),
     (["loss=dpo", "reward_model=none/there/LATEST"], "reward_model=none/there/LATEST: there is no such folder"),
     (["data=pairs.jsonl", "loss=kd", "reference=notes"], "notes is no model's folder, it has no config.json: give a folder that has"),
-    (["attribute_template={prompt"], "attribute_template='{prompt' is malformed"),
+    (["attribute_template={prompt} {quality:.1f} {"], "and no other braces"),
+    (["attribute_template="], "attribute_template='' must hold {prompt}"),
+    (["attribute_template=[{attributes}] {prompt:{x}}"], "and no other braces"),
+    (["attribute_template={prompt} {attributes}", "sample_attributes.prompt=x"], "are not read by attribute_template"),
     (["attribute_template=Quality {quality}:"], "must hold {prompt}, and {attributes} or an attribute's name in braces"),
     (["attribute_template={prompt}"], "must hold {prompt}, and {attributes} or an attribute's name"),
     (["sample_attributes.quality=4"], "sample_attributes={'quality': 4} are not read by attribute_template=None"),
@@ -180,6 +188,9 @@ def test_bad_input_gets_one_sentence(arguments, said, refused, sft_run):
     write_lines("typed.jsonl", [{"prompt": "p", "response": 3}])
     write_lines("pairs.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}])
     write_lines("blank.jsonl", [{"prompt": "p", "response": " "}])
+    write_lines("half_rewarded.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": 2}])
+    os.makedirs("run2")
+    open("run2/config.json", "w").write("{}")
     write_lines("chat.jsonl", [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}])
     open("bad.jsonl", "w").write('{"prompt": "p", "response": "r"}\n{"prompt" "p"}\n')
     open("empty.jsonl", "w").close()
@@ -332,6 +343,11 @@ def test_the_readme_has_its_two_commands_first():
         assert block.count("\n") == 1 and block.startswith("pip install -r requirements.txt && ") and end in block
 
 
+def test_the_readmes_pictures_are_there():
+    paths = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert paths and all(os.path.getsize(os.path.join(ROOT, path)) > 10_000 for path in paths)
+
+
 def test_readme_commands_do_not_meet_in_one_folder():
     """Copied one after the other they all run: none finds the folder of an earlier one."""
     commands = [dict(part.split("=", 1) for part in shlex.split(command)[2:] if "=" in part)
@@ -370,7 +386,7 @@ def test_the_frontier_command(sft_run):
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("| IPO")]
     assert len(table) == 4 and os.path.getsize("f/picture.png") > 10_000
-    last = read_lines("f/seed-0/IPO-0.1/metrics.jsonl")[-1]
+    last = read_lines("f/seed-0-40-2/IPO-0.1/metrics.jsonl")[-1]
     assert f"| {last['samples/reward']:.2f} | {last['samples/kl']:.2f} |" in table[1]
 
 

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TINY_RUN, losses_of, read_lines, write_lines
 from safetensors.torch import load_file
 from transformers import (CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          LlamaConfig, LlamaForCausalLM)
+                          GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification)
 
 import train
 import trainers
@@ -451,7 +451,7 @@ def test_generated_answers(run, sft_run):
     assert sorted(line["row"] for line in first) == sorted(line["row"] for line in second) == list(range(400))
     texts = [row["chosen"] for row in train.data.toy("train", True)[:400]]
     for line in first:
-        assert set(line) == {"row", "where", "prompt", "response", "finished", "ids"}
+        assert set(line) == {"row", "where", "prompt", "response", "finished", "ids", "key"}
         assert line["where"] == f"few.jsonl line {line['row'] + 1}" and line["prompt"].startswith("Review of The ")
         assert line["finished"] == (line["ids"][-1] == tokenizer.eos_token_id)
         assert tokenizer.eos_token_id not in line["ids"][:-1]
@@ -475,7 +475,8 @@ def test_pairs_of_self_play(capsys):
     answers = [[{"row": row, "ids": same[row // 3] if row in (0, 3) else [5 + iteration, row]} for row in range(400)]
                for iteration in (0, 1)]
     for iteration in (0, 1):
-        write_lines(f"runs/spin/generated-0{iteration}.jsonl", reversed(answers[iteration]))
+        key = {"key": trainer.answers_key(iteration)}
+        write_lines(f"runs/spin/generated-0{iteration}.jsonl", [line | key for line in reversed(answers[iteration])])
     trainer.iteration = 0
     trainer.pair_answers()
     assert "iteration 0: 398 pairs, 2 dropped" in capsys.readouterr().out
@@ -531,12 +532,42 @@ def test_max_steps_bounds_all_iterations(run):
     assert [(line["step"], line["iteration"]) for line in read_lines(f"{folder}/metrics.jsonl")][2:] == [(3, 1), (4, 1)]
 
 
-def test_a_stale_answer_of_another_run_is_not_used(run):
+def test_answers_of_another_opponent_are_not_used(run):
+    """Fresh after a stop without a checkpoint; and a run that was taken back to fewer steps than it had."""
     os.makedirs("runs/new")
     open("runs/new/config.yaml", "w").write("loss: spin\nprovenance: {run_id: abc}\n")
-    write_lines("runs/new/generated-00.jsonl", [{"row": row, "ids": [7]} for row in range(400)])
+    write_lines("runs/new/generated-00.jsonl", [{"row": row, "ids": [7], "key": "a"} for row in range(400)] + [{"x": 1}])
     folder = run(*TINY_RUN, *SPIN, "max_steps=1", "resume=auto", "exp_name=new")
     assert [7] not in [line["ids"] for line in read_lines(f"{folder}/generated-00.jsonl")]
+    settings = [*TINY_RUN, *SPIN, "num_epochs=0.04", "save_every=1", "eval_every=0", "lr_schedule=constant"]
+    whole = run(*settings, "run_dir=whole")
+    run(*settings, "run_dir=part", "max_steps=3")
+    run("resume=true", "run_dir=part", "max_steps=2")
+    assert not os.path.exists("part/generated-01.jsonl")
+    write_lines("part/generated-01.jsonl", [line | {"key": "b", "ids": [7]} for line in read_lines("part/generated-00.jsonl")])
+    run("resume=true", "run_dir=part", "max_steps=null")
+    assert same_weights(whole, "part") and read_lines("part/generated-01.jsonl") == read_lines("whole/generated-01.jsonl")
+
+
+def test_nothing_left_to_learn(run, sft_run, capsys, monkeypatch):
+    """Where every answer is the data's there are no pairs: iterations pass without a step."""
+    monkeypatch.setattr(trainers.Trainer, "sample_batches", lambda self, model, examples, *_: iter(
+        [(range(len(examples)), [example.responses[0].tolist() for example in examples])]))
+    folder = run(*TINY_RUN, *SPIN, f"model={sft_run}/LATEST", "eval_every=0", "num_samples=0")
+    output = capsys.readouterr().out
+    assert output.count("0 pairs, 400 dropped whose answer equals the data's response") == 2
+    assert os.readlink(f"{folder}/LATEST") == "step-000000"
+
+
+def test_long_prompts_have_less_room_and_share_batches():
+    trainer = make_trainer("sample_max_tokens=30")
+    trainer.policy.config.max_position_embeddings = 50
+    examples = [Example("x", np.arange(2, 2 + n), (), {}) for n in (3, 44, 10, 20, 45, 20)]
+    batches = [(batch, list(map(len, ids))) for batch, ids in trainer.sample_batches(
+        trainer.policy, examples, [30] * 6, range(6), {"temperature": 1.0, "top_p": 1.0})]
+    assert [batch for batch, _ in batches] == [[0, 2, 3, 5], [1], [4]]
+    lengths = {i: length for batch, values in batches for i, length in zip(batch, values)}
+    assert all(lengths[i] <= room for i, room in enumerate((30, 6, 30, 30, 5, 30)))
 
 
 # ---------------------------------------------------------------- reward models
@@ -643,14 +674,63 @@ def test_pairs_without_rewards_get_a_reward_models(run, rm_run, sft_run, monkeyp
 def test_rewards_in_the_data_stay(sft_run, rm_run):
     rows = train.data.toy("train", True)[:6]
     for row in rows[3:]:
-        del row["chosen_reward"]
+        del row["chosen_reward"], row["rejected_reward"]
     write_lines("some.jsonl", rows)
     trainer = make_trainer("loss=rpo", "data=some.jsonl", f"model={sft_run}/LATEST", f"reward_model={rm_run}/LATEST")
     trainer.fill_in_rewards()
     for row, example in zip(rows[:3], trainer.data_examples):
         assert example.columns == {name: row[name] for name in ("chosen_reward", "rejected_reward")}
-    for row, example in zip(rows[3:], trainer.data_examples[3:]):  # half a pair of rewards is replaced whole
-        assert example.columns["rejected_reward"] != row["rejected_reward"]
+    for example in trainer.data_examples[3:]:
+        assert all(isinstance(value, float) and value % 1 for value in example.columns.values())
+
+
+def test_pairs_that_are_only_sampled_from_need_no_rewards(run, rm_run, sft_run):
+    write_bare_pairs(12)
+    folder = run(*TINY_RUN, "loss=rpo", "data=bare.jsonl", "eval_data=bare.jsonl", f"reward_model={rm_run}/LATEST",
+                 f"model={sft_run}/LATEST", "num_eval_examples=2", "num_samples=6", "max_steps=1")
+    assert len(read_lines(f"{folder}/samples.jsonl")) == 12
+
+
+def test_another_reward_model_is_refused_on_resume(run, rm_run, sft_run, refused):
+    write_bare_pairs(12)
+    shutil.copytree(f"{rm_run}/LATEST", "judge")
+    run(*TINY_RUN, "loss=rpo", "data=bare.jsonl", "reward_model=judge", f"model={sft_run}/LATEST", "max_steps=1",
+        "lr_schedule=constant", "eval_every=0")
+    weights = load_file("judge/model.safetensors")
+    weights["score.weight"] *= -3
+    from safetensors.torch import save_file
+    save_file(weights, "judge/model.safetensors", metadata={"format": "pt"})
+    assert "the reward_model is not what this run began with" in refused("resume=true", "exp_name=rpo", "max_steps=2")
+
+
+def test_a_reward_model_is_no_language_model(sft_run, refused):
+    """With tied embeddings nothing would be missing: it must be refused as policy, reference and teacher."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, num_labels=1)).save_pretrained("judge")
+    tokenizer.save_pretrained("judge")
+    for arguments in (["loss=sft", "model=judge"], ["loss=dpo", f"model={sft_run}/LATEST", "reference=judge"],
+                      ["loss=kd", f"model={sft_run}/LATEST", "reference=judge"]):
+        assert "it is a reward model, without a language model's head" in refused(*TINY_RUN, *arguments)
+
+
+def test_samples_fit_every_model_that_reads_them(sft_run):
+    teacher = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(teacher), n_positions=24, n_embd=16, n_layer=1, n_head=2)).save_pretrained("gpt")
+    teacher.save_pretrained("gpt")
+    trainer = make_trainer("loss=kd", f"model={sft_run}/LATEST", "reference=gpt", "max_length=24", "sample_max_tokens=90",
+                           "max_prompt_length=12")
+    trainer.evaluate()  # 24 learned positions
+    lengths = [len(e.prompt) + len(ids) for e, ids in zip(
+        trainer.sample_examples, trainer.generate(trainer.policy, trainer.sample_examples))]
+    assert max(lengths) == 24
+
+
+def test_rewards_are_computed_in_float32(rm_run):
+    trainer = make_trainer("loss=rm", f"model={rm_run}/LATEST", "compute_dtype=bfloat16")
+    scores = trainer.response_scores(trainer.policy, collate(trainer.train_examples[:50])).flatten()
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_reward_models_that_are_none(sft_run, run, refused):
@@ -660,7 +740,6 @@ def test_reward_models_that_are_none(sft_run, run, refused):
     other = run("loss=rm", "data=rows.jsonl", "max_steps=1")
     assert "reward_model=" in (said := refused(*TINY_RUN, "loss=dpo", f"reward_model={other}/LATEST"))
     assert "has another tokenizer than the model" in said
-    assert "has nothing to judge with loss=rm" in refused("loss=rm", "reward_model=x", "exp_name=new")
 
 
 # ---------------------------------------------------------------- distillation

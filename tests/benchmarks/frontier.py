@@ -23,7 +23,7 @@ BETAS = (0.5, 1, 2, 4)
 METHODS = {  # name: settings, and the betas
     "DPO": ("loss=dpo dpo.sft_weight=0.05", BETAS),
     "cDPO, e = 0.1": ("loss=dpo dpo.sft_weight=0.05 dpo.label_smoothing=0.1", BETAS),
-    "IPO": ("loss=ipo ipo.sft_weight=0.1", (0.05, 0.1, 0.2, 0.4)),
+    "IPO": ("loss=ipo ipo.sft_weight=0.1", (0.1, 0.2, 0.4, 0.8)),
     "RPO, bwd_kl": ("loss=rpo rpo.sft_weight=0.05", BETAS),
     "RPO, fwd_kl": ("loss=rpo rpo.sft_weight=0.05 rpo.divergence=fwd_kl", BETAS),
     "RPO, sq": ("loss=rpo rpo.sft_weight=0.05 rpo.divergence=sq", BETAS),
@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--runs", default=os.path.join(ROOT, "runs", "frontier"))
     parser.add_argument("--picture", default=os.path.join(ROOT, "assets", "frontier.png"))
     arguments = parser.parse_args()
-    folder = os.path.join(arguments.runs, f"seed-{arguments.seed}")
+    folder = os.path.join(arguments.runs, f"seed-{arguments.seed}-{arguments.sft_steps}-{arguments.steps}")
     os.makedirs(folder, exist_ok=True)
     pairs = os.path.join(folder, "pairs.jsonl")  # for SPIN, which on toy itself reads unlabelled responses
     with open(pairs, "w", encoding="utf-8") as file:
@@ -107,10 +107,10 @@ def draw(points, arguments):
     grid = [widest * i / 400 for i in range(401)]
     axes.plot(grid, [data.toy_optimal_reward(kl) for kl in grid], color="black", label="best possible")
     for number, method in enumerate(dict.fromkeys(point["method"] for point in points)):
-        line = sorted((p["samples/kl"], p["samples/reward"]) for p in points if p["method"] == method)
+        line = [(p["samples/kl"], p["samples/reward"]) for p in points if p["method"] == method]  # by beta
         axes.plot(*zip(*line), marker="osD^v<>"[number % 7], markersize=6, linewidth=1, alpha=0.85, label=method)
     axes.set_xlabel("KL of the policy from its SFT model, nats per response")
-    axes.set_ylabel("mean reward of 1,024 samples: praise minus blame, -4 to 4")
+    axes.set_ylabel("mean reward of 1,024 samples (-4 to 4)")
     axes.set_title(f"toy, seed {arguments.seed}, {arguments.steps} steps of 32 pairs; a point for each beta")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
