@@ -301,12 +301,14 @@ def check_config(config):
     block = getattr(config, config.loss, {})
     for name, value in block.items():
         if isinstance(value, list) and len(value) != block.get("iterations", 1):
-            raise InputError(f"{config.loss}.{name}={value} has {len(value)} values where {config.loss}."
+            raise InputError(f"{config.loss}.{name}={value} is a list of {len(value)} where {config.loss}."
                              f"iterations={block.get('iterations', 1)}: give one number, or one for each")
     check_template(config)
     for key in PATHS:
         path = getattr(config, key) or ""
-        if (path.count("/") > 1 or path.startswith((".", "~", "/"))) and not os.path.exists(path):
+        is_local = path.count("/") > 1 or path.startswith((".", "~", "/")) or (
+            "/" in path and os.path.isdir(path.split("/")[0]))
+        if is_local and not os.path.exists(path):
             raise InputError(f"{key}={path}: there is no such folder; give one, a run's LATEST, or a hub id "
                              "org/name")
         whole = key == "tokenizer" or os.path.exists(os.path.join(path, "config.json"))
@@ -476,7 +478,8 @@ def print_summary(trainer, dropouts, reports):
         lines.append(("reference", config.reference or own))
     if trainer.reward_model:
         lines.append(("rewards", config.reward_model))
-    lines.append(("loss", " ".join([config.loss, *(f"{name}={value}" for name, value in block.items())])))
+    settings = (name + "=" + json.dumps(value).strip('"') for name, value in block.items())
+    lines.append(("loss", " ".join([config.loss, *settings])))
     for name, report in reports.items():
         first, *rest = report.lines() if report.rows else ["none, so no evaluation; eval_data= names one"]
         lines += [(name, first), *(("", line) for line in rest)]
@@ -500,7 +503,9 @@ def print_results(trainer):
             shown = lines if len(lines) == 1 else [lines[0], lines[-1]]
             print(f"\n{title:<30}" + "".join(f"{'step ' + str(line['step']):>14}" for line in shown))
             for name in list(shown[-1])[4:]:  # the first four say where, not what
-                cells = ("-" if line.get(name) is None else f"{line[name]:.4f}" for line in shown)
+                values = (line.get(name) for line in shown)
+                cells = ("-" if value is None else f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+                         for value in values)
                 print(f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells))
             break
     if not trainer.saved_step:
@@ -508,17 +513,21 @@ def print_results(trainer):
     latest = os.path.join(os.path.relpath(config.run_dir), "LATEST")
     print(f"\ncheckpoint  {latest} -> step-{trainer.saved_step:06d}")
     sources = shlex.quote(config.data if isinstance(config.data, str) else f"[{','.join(config.data)}]")
+    shortest = min(trainer.data_examples, key=lambda example: len(example.prompt))
+    prompt = trainer.tokenizer.decode(shortest.prompt)
     if trainer.objective.inputs == "scores":
-        following = f"reward_model={shlex.quote(latest)} model={shlex.quote(config.model)} data={sources}"
-        print(f"next        python train.py loss=rpo {following}")
-    elif trainer.objective.needs_reference:
-        shortest = min(trainer.data_examples, key=lambda example: len(example.prompt))
-        prompt = trainer.tokenizer.decode(shortest.prompt)
+        text = json.dumps(prompt + trainer.tokenizer.decode(shortest.responses[0]))
+        code = ("from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T; "
+                f"path = {json.dumps(latest)}; ids = T.from_pretrained(path)({text}, return_tensors='pt'); "
+                "print(M.from_pretrained(path)(**ids).logits.item())")
+        print("next        python -c " + shlex.quote(code))
+    elif trainer.objective.needs_pairs or trainer.objective.needs_reference:
         answer = f'pipeline("text-generation", {json.dumps(latest)})({json.dumps(prompt)})'
         code = f'from transformers import pipeline; print({answer}[0]["generated_text"])'
         print("next        python -c " + shlex.quote(code))
     else:
-        following = next(name for name, objective in OBJECTIVES.items() if objective.reads_pairs)
+        following = next(name for name, objective in OBJECTIVES.items()
+                         if objective.reads_pairs and objective.needs_reference)
         settings = f"lr=2e-4 num_epochs=1 {following}.beta=1 {following}.sft_weight=0.05"  # the README's
         if config.data != "toy":
             settings = f"lr=5e-7 lr_schedule=constant data={sources}"

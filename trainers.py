@@ -97,6 +97,8 @@ def load_model(path, model_config, config, tokenizer, head=None):
             if not head and any(name.startswith("score.") for name in info["unexpected_keys"]):
                 raise ValueError("it is a reward model, without a language model's head")
             absent = {*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])}
+            if head == "scores" and "score.weight" in absent:
+                raise ValueError("it is no reward model, it has no scalar head: train one by loss=rm")
             if absent := sorted(absent - ({"score.weight"} if head == "new scores" else set())):
                 raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]}")
     if head and not hasattr(model, "score"):
@@ -756,6 +758,8 @@ class Trainer:
                  for row in range(len(examples))]
         key = self.answers_key(iteration)
         known = {line["row"] for line in cut_back(self.path(name), lambda line: line.get("key") == key)}
+        tqdm.write(f"iteration {iteration}: answering {len(examples):,} prompts, {len(known):,} of them "
+                   f"already in {name}")
         for rows, answers in self.sample_batches(self.reference, examples, rooms, seeds, sampling, known):
             if known.intersection(rows):  # of a batch that was written in part all is written again
                 cut_back(self.path(name), lambda line: line["row"] not in rows)

@@ -150,11 +150,15 @@ def test_given_attributes_go_before_the_rows_own():
     ({"attributes": {"tone": "dry"}}, "a.jsonl line 1 has no quality in its column attributes"),
     ({}, "a.jsonl line 1 has no quality in its column attributes"),
     ({"attributes": [4]}, "a.jsonl line 1: column attributes is [4]; it must map names to values"),
+    ({"attributes": {"quality": [1, 2]}}, "a.jsonl line 1: the attribute quality is [1, 2]; it must be text or a number"),
+    ({"attributes": {"quality": 1, "prompt": "x"}}, "a.jsonl line 1: the attribute prompt is"),
 ])
 def test_attributes_that_do_not_fit(row, said):
     with pytest.raises(InputError) as caught:
         with_attributes(row)
     assert said in str(caught.value)
+    with pytest.raises(InputError, match="sample_attributes.qualty is no attribute of a.jsonl line 1, which has quality"):
+        with_attributes({"attributes": {"quality": 1}}, "{prompt} {attributes}", qualty=4)
     with pytest.raises(InputError, match="has no value in its column attributes"):
         with_attributes({}, "{prompt} {attributes}")
 

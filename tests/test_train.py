@@ -156,8 +156,8 @@ BAD_INPUT = [
     (["data=single.jsonl", "max_steps=0"], "max_steps=0 only evaluates and samples, and there is nothing to"),
     (["resume=true"], "has no complete checkpoint to resume"),
     (["loss=spin", "reference=notes"], "does not go with loss=spin, whose reference is the policy at the start"),
-    (["loss=spin", "spin.beta=[0.1,0.2,0.3]"], "spin.beta=[0.1, 0.2, 0.3] has 3 values where spin.iterations=2"),
-    (["loss=spin", "spin.iterations=1", "spin.lr=[1e-4,1e-5]"], "spin.lr=[0.0001, 1e-05] has 2 values where spin.iterations=1"),
+    (["loss=spin", "spin.beta=[0.1,0.2,0.3]"], "spin.beta=[0.1, 0.2, 0.3] is a list of 3 where spin.iterations=2"),
+    (["loss=spin", "spin.iterations=1", "spin.lr=[1e-4,1e-5]"], "spin.lr=[0.0001, 1e-05] is a list of 2 where spin.iterations=1"),
     (["loss=sft", "reference=notes"], "notes is not read with loss=sft: leave it out"),
     (["loss=rm", "reward_model=x"], "reward_model=x is not read with loss=rm"),
     (["loss=rm", "attribute_template={prompt} {tone}", "sample_attributes.tone=dry"], "is not read with loss=rm"),
@@ -169,6 +169,7 @@ BAD_INPUT = [
     (["loss=kd"], "loss=kd needs a teacher: name the model, with the same tokenizer, by reference="),
     (["kd.temperature=0"], "kd.temperature=0 is not allowed: it must be float > 0"),
     (["kd.divergence=sq"], "kd.divergence='sq' is not allowed: it must be fwd_kl | bwd_kl"),
+    (["loss=dpo", "reference=runs/nope"], "runs/nope: there is no such folder"),
     (["loss=dpo", "reward_model=none/there/LATEST"], "reward_model=none/there/LATEST: there is no such folder"),
     (["data=pairs.jsonl", "loss=kd", "reference=notes"], "notes is no model's folder, it has no config.json: give a folder that has"),
     (["attribute_template={prompt} {quality:.1f} {"], "and no other braces"),
@@ -321,6 +322,13 @@ def test_a_file_without_evaluation_says_so(run, capsys):
     assert "training                              step 1        step 3" in output
 
 
+def test_the_next_command_of_a_reward_model_scores_a_text(run, capsys):
+    run(*TINY_RUN, "loss=rm", "eval_every=0")
+    code = capsys.readouterr().out.split("next        python ")[1].strip()
+    done = subprocess.run([sys.executable, *shlex.split(code)], capture_output=True, text=True, check=True)
+    assert math.isfinite(float(done.stdout))
+
+
 def test_the_next_command_on_toy_is_the_readmes(run, capsys):
     run("max_steps=1", "eval_every=0")
     following = capsys.readouterr().out.split("next        ")[1].strip()
@@ -357,7 +365,7 @@ def test_readme_commands_do_not_meet_in_one_folder():
     assert len(names) > 8 and len(set(names)) == len(names)
 
 
-def test_the_readmes_other_commands(sft_run):
+def test_the_readmes_other_commands(sft_run, rm_run, capsys):
     """Its `python -c` lines make files of rows, its first Python block a checkpoint's answer, another a student."""
     lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
              if line.startswith("python -c")]
@@ -367,13 +375,15 @@ def test_the_readmes_other_commands(sft_run):
                        env=os.environ | {"PYTHONPATH": ROOT})
         rows = read_lines(name)
         assert len(rows) == count and all(set(row) == columns for row in rows)
-    for name in ("sft", "dpo"):
+    for name in ("sft", "dpo", "rm"):
         os.makedirs(f"runs/{name}")
-        shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), f"runs/{name}/LATEST")
+        shutil.copytree(os.path.realpath(f"{rm_run if name == 'rm' else sft_run}/LATEST"), f"runs/{name}/LATEST")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "import" in block]
     for block in blocks:
         exec(block, {})
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    praise, blame = map(float, re.findall(r"-?\d+\.\d+", capsys.readouterr().out.split("tensor")[1])[:2])
+    assert praise > blame + 2
     student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in ("student", "runs/sft/LATEST"))
     assert student.num_parameters() < teacher.num_parameters() / 4
 

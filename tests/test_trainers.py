@@ -735,7 +735,7 @@ def test_rewards_are_computed_in_float32(rm_run):
 
 def test_reward_models_that_are_none(sft_run, run, refused):
     latest_sft = f"{sft_run}/LATEST"
-    assert "first score.weight" in refused(*TINY_RUN, "loss=dpo", f"reward_model={latest_sft}", f"model={latest_sft}")
+    assert "it is no reward model, it has no scalar head" in refused(*TINY_RUN, "loss=dpo", f"reward_model={latest_sft}", f"model={latest_sft}")
     write_lines("rows.jsonl", [{"prompt": "p", "chosen": f"a {i}", "rejected": "other words"} for i in range(3)])
     other = run("loss=rm", "data=rows.jsonl", "max_steps=1")
     assert "reward_model=" in (said := refused(*TINY_RUN, "loss=dpo", f"reward_model={other}/LATEST"))
