@@ -459,8 +459,9 @@ def add_attributes(row, template, attributes, more):
     values = {name: value for name, value in ((attributes or {}) | more).items() if value is not None}
     for name, value in values.items():
         if name in ("prompt", "attributes") or not isinstance(value, str | int | float):
-            raise InputError(f"{row.where}: the attribute {name} is {json.dumps(value)[:60]}; it must be text or "
-                             "a number, under another name than prompt and attributes")
+            value = json.dumps(value)[:60]
+            raise InputError(f"{row.where}: the attribute {name} is {value}; it must be text or a number, "
+                             "under another name than prompt and attributes")
     unknown = sorted(more.keys() - attributes.keys()) if attributes else []
     if unknown:
         raise InputError(f"sample_attributes.{unknown[0]} is no attribute of {row.where}, which has "
