@@ -294,11 +294,10 @@ class Trainer:
     def num_steps(self):
         """Optimizer steps of the whole run; of iterations to come at most, as some pairs will be dropped."""
         iterations = self.setting("iterations", 1)
-        doubled = iterations if self.setting("mix_previous") else 0
-        to_come = [1 + (0 < i < doubled) for i in range(self.iteration + 1, iterations)]
-        num_rows = len(self.data_examples)
-        total = self.last_step + sum(math.ceil(self.num_positions(num_rows * n) / self.config.batch_size)
-                                     for n in to_come)
+        total, mixed = self.last_step, bool(self.setting("mix_previous"))
+        for iteration in range(self.iteration + 1, iterations):
+            num_rows = len(self.data_examples) * (1 + (mixed and iteration > 0))
+            total += math.ceil(self.num_positions(num_rows) / self.config.batch_size)
         return total if self.config.max_steps is None else min(total, self.config.max_steps)
 
     @property
@@ -944,8 +943,11 @@ class SeededSampling(LogitsProcessor):
 def run_decoder(model, batch):
     """A causal model without its head: its decoder's whole output, and the states (N, D) before the tokens of
     a Batch's responses."""
-    states = model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                                 use_cache=False)
+    decoder = model.get_decoder()
+    if decoder is model:  # as Llama 4's text model says: its head cannot be told from the rest
+        raise InputError(f"{model.config.model_type} names no decoder apart from its head, which loss=kd "
+                         "needs: choose another architecture")
+    states = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return states, states[0][batch.predicts]
 
 

@@ -406,7 +406,7 @@ def test_the_frontier_command(sft_run):
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_run(command, run, sft_run, rm_run):
     """On the tiny model and few rows; what a command names and this machine lacks is put in its place."""
-    for name in ("sft", "mine-sft", "pythia-sft", "short", "rm"):
+    for name in ("sft", "mine-sft", "pythia-sft", "short", "rm", "student-sft"):
         os.makedirs(f"runs/{name}")
         shutil.copytree(os.path.realpath(f"{rm_run if name == 'rm' else sft_run}/LATEST"), f"runs/{name}/LATEST")
     shutil.copytree("runs/sft/LATEST", "student")

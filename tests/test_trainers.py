@@ -764,6 +764,23 @@ def test_the_head_by_itself_is_the_models_own(model_type):
     assert "forward" not in vars(model.get_decoder())
 
 
+def test_a_head_that_cannot_be_told_apart_is_refused(sft_run, monkeypatch):
+    trainer = make_trainer("loss=kd", f"model={sft_run}/LATEST", f"reference={sft_run}/LATEST")
+    monkeypatch.setattr(trainer.policy, "get_decoder", lambda: trainer.policy)
+    with pytest.raises(InputError, match="llama names no decoder apart from its head, which loss=kd needs"):
+        trainer.train_step()
+
+
+def test_the_steps_of_iterations_to_come():
+    """100 of 400 rows in fours are 25 steps an iteration; mixed, each after the first has twice as many rows."""
+    for mixed, steps in (("false", 75), ("true", 125)):
+        trainer = make_trainer("loss=spin", "num_epochs=0.25", "spin.iterations=3", "max_steps=null",
+                               f"spin.mix_previous={mixed}")
+        assert trainer.num_steps == steps
+        trainer.config.max_steps = 60
+        assert trainer.num_steps == 60
+
+
 def test_chunks_of_logits_change_nothing(sft_run, monkeypatch):
     norms = []
     for logits in (10**9, 3000, 1):
