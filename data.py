@@ -659,63 +659,122 @@ def epoch_order(num_rows, seed, epoch, shuffle):
     return torch.randperm(num_rows, generator=generator) if shuffle else torch.arange(num_rows)
 
 
-def microbatches(examples, parts, max_tokens):
+@dataclass(frozen=True)
+class Layout:
+    """How a microbatch is laid in rows: shared, [prompt | chosen | rejected] in one; or separate, each response
+    after a prompt of its own. A row of T tokens costs T (linear + quadratic T)."""
+
+    shared: bool
+    linear: float = 1.0
+    quadratic: float = 0.0
+
+    def width(self, example):
+        return example.num_tokens if self.shared else example.row_length
+
+    def num_rows(self, example):
+        return 1 if self.shared else len(example.responses)
+
+    def cost(self, example, width):
+        return self.num_rows(example) * width * (self.linear + self.quadratic * width)
+
+
+SEPARATE = Layout(shared=False)
+
+
+def microbatches(examples, parts, max_tokens, layouts=(SEPARATE,)):
     """Cuts examples, longest first, into `parts` nearly equal parts, and these by a budget of tokens.
 
-    The budget counts padding; an example beyond it goes alone. Returns lists of examples.
+    The budget counts padding; an example beyond it goes alone. Each microbatch gets the cheapest of the layouts.
+    Returns (examples, layout) pairs.
     """
-    ordered = sorted(examples, key=lambda example: example.row_length, reverse=True)
+    ordered = sorted(examples, key=layouts[-1].width, reverse=True)
     batches = []
     for i in range(parts):
         part = ordered[i * len(ordered) // parts:(i + 1) * len(ordered) // parts]
         while part:
-            size = max(1, max_tokens // (part[0].row_length * len(part[0].responses)))
-            batches.append(part[:size])
+            choices = []
+            for layout in layouts:
+                size, width = 0, 0
+                while size < len(part):
+                    wider = max(width, layout.width(part[size]))
+                    if size and wider * layout.num_rows(part[0]) * (size + 1) > max_tokens:
+                        break
+                    size, width = size + 1, wider
+                choices.append((layout.cost(part[0], width), size, layout))
+            cost, size, layout = min(choices, key=lambda choice: choice[0])
+            batches.append((part[:size], layout))
             part = part[size:]
     return batches
 
 
 @dataclass
 class Batch:
-    """Tensors of B examples with K responses each, in K * B rows: all chosen first, then all rejected.
+    """Tensors of B examples with K responses each, laid in R rows of T tokens, padded on the right.
 
-    input_ids, attention_mask: (K * B, T) int64, padded on the right. predicts: (K * B, T) bool, True where
-    the next token is a response's, so at its last prompt token and all of its tokens but the last.
-    columns: name -> (B,) float.
+    input_ids, positions: (R, T) int64; a token's position is that in its prompt with its own response.
+    branches: (R, T) int64, 0 in a prompt, k in response k, -1 in padding; None where each row is one response.
+    states: (N,) int64, for each of N response tokens the place in R * T of the token that predicts it.
+    targets: (N,) int64, those tokens. owners: (N,) int64, their responses, k * B + b.
+    ends: (K * B,) int64, the place of each response's last token. columns: name -> (B,) float.
 
-    One pair, prompt [5, 6], chosen [7, 1], rejected [8, 9, 1]:
+    One pair, prompt [5, 6], chosen [7, 1], rejected [8, 9, 1], separate and shared:
 
-        input_ids       5 6 7 1 0    attention_mask  1 1 1 1 0    predicts  0 1 1 0 0
-                        5 6 8 9 1                    1 1 1 1 1              0 1 1 1 0
+        input_ids   5 6 7 1 0     input_ids   5 6 7 1 8 9 1     targets  7 1 8 9 1
+                    5 6 8 9 1     positions   0 1 2 3 2 3 4     owners   0 0 1 1 1
+        states      1 2 6 7 8     states      1 2 1 4 5
+        ends        3 9           ends        3 6
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    predicts: torch.Tensor
+    positions: torch.Tensor
+    branches: torch.Tensor | None
+    states: torch.Tensor
+    targets: torch.Tensor
+    owners: torch.Tensor
+    ends: torch.Tensor
     columns: dict
     num_responses: int  # K
 
     def to(self, device):
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.predicts.to(device),
-                     {name: column.to(device) for name, column in self.columns.items()}, self.num_responses)
+        def move(value):
+            return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        values = {name: move(value) for name, value in vars(self).items() if name != "columns"}
+        return Batch(**values, columns={name: move(column) for name, column in self.columns.items()})
 
 
-def collate(examples, dtype=torch.float32):
+def collate(examples, dtype=torch.float32, layout=SEPARATE):
     """Examples to a Batch; its columns are of `dtype`. See Batch for what is laid where."""
-    rows = [(example.prompt, response) for responses in zip(*(example.responses for example in examples))
-            for example, response in zip(examples, responses)]
-    width = max(len(prompt) + len(response) for prompt, response in rows)
+    num_responses = len(examples[0].responses)
+    branches = [(example, k) for k in range(num_responses) for example in examples]
+    if layout.shared:
+        rows = [(example.prompt, *example.responses) for example in examples]
+    else:
+        rows = [(example.prompt, example.responses[k]) for example, k in branches]
+    width = max(sum(map(len, row)) for row in rows)
     input_ids = np.zeros((len(rows), width), np.int64)
-    attention_mask = np.zeros((len(rows), width), np.int64)
-    predicts = np.zeros((len(rows), width), bool)
-    for i, (prompt, response) in enumerate(rows):
-        end = len(prompt) + len(response)
-        input_ids[i, :end] = np.concatenate([prompt, response])
-        attention_mask[i, :end] = 1
-        predicts[i, len(prompt) - 1:end - 1] = True
+    positions = np.zeros((len(rows), width), np.int64)
+    branch_ids = np.full((len(rows), width), -1, np.int64)
+    for i, (prompt, *responses) in enumerate(rows):
+        length = len(prompt) + sum(map(len, responses))
+        input_ids[i, :length] = np.concatenate([prompt, *responses])
+        spans = [np.arange(len(prompt)), *(np.arange(len(ids)) + len(prompt) for ids in responses)]
+        positions[i, :length] = np.concatenate(spans)
+        branch_ids[i, :length] = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
+    states, ends = [], []
+    for number, (example, k) in enumerate(branches):
+        row = number % len(examples) if layout.shared else number
+        before = sum(map(len, example.responses[:k])) if layout.shared else 0
+        last_prompt = row * width + len(example.prompt) - 1
+        first = last_prompt + 1 + before
+        ends.append(first + len(example.responses[k]) - 1)
+        states.append(np.concatenate([[last_prompt], np.arange(first, ends[-1])]))
     columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
     for name, lengths in zip(COMPUTED_COLUMNS, zip(*(map(len, example.responses) for example in examples))):
         columns[name] = lengths
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(predicts),
-                 {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()},
-                 len(examples[0].responses))
+    return Batch(*map(torch.from_numpy, (input_ids, positions)),
+                 torch.from_numpy(branch_ids) if layout.shared else None,
+                 torch.from_numpy(np.concatenate(states)),
+                 torch.from_numpy(np.concatenate([example.responses[k] for example, k in branches]).astype(np.int64)),
+                 torch.from_numpy(np.repeat(np.arange(len(branches)), [len(ids) for ids in states])),
+                 torch.tensor(ends), {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()},
+                 num_responses)

@@ -30,7 +30,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
-    "activation_checkpointing")
+    "activation_checkpointing|layout")
 PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
 
 

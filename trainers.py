@@ -24,12 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GenerationConfig, LlamaConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 
-from data import REWARDS, InputError, collate, first_line, microbatches, stream, train_tokenizer
+from data import (REWARDS, SEPARATE, InputError, Layout, collate, first_line, microbatches, stream,
+                  train_tokenizer)
 from losses import OBJECTIVES
 
 START = time.monotonic()  # max_hours counts from here
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
+ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by the clock
 CHUNK_LOGITS = 2**24  # how many logits of a model exist at once where a loss reads whole distributions
 
 # ---------------------------------------------------------------- models and tokenizers
@@ -258,6 +261,7 @@ class Trainer:
         self.step = self.examples = self.iteration = self.first_step = self.first_examples = 0
         if self.objective.self_play:
             self.iteration, self.train_examples = -1, []
+        self.layouts = self.choose_layouts()
         self.saved_step = None
         self.stop = None  # signal number, or "max_hours"
         self.throughput = collections.Counter()  # since the last logged step
@@ -266,6 +270,56 @@ class Trainer:
         self.evaluated_steps = set()
         if checkpoint:
             self.restore(checkpoint)
+
+    def choose_layouts(self):
+        """The layouts that microbatches of pairs may have: separate rows, shared prompts, or the cheaper each time.
+
+        Costs are multiply-adds of a token's forward, those in attention weighted by how much slower they are.
+        """
+        if self.config.layout == "separate" or not self.objective.needs_pairs:
+            return (SEPARATE,)
+        reason = next(filter(None, map(self.why_not_shared, filter(None, (self.policy, self.reference)))), None)
+        if reason and self.config.layout == "shared":
+            raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
+        if reason:
+            print(f"layout     separate, {reason}")
+            return (SEPARATE,)
+        config = self.policy.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        attention = ATTENTION_COST * config.num_hidden_layers * config.num_attention_heads * head_dim
+        heads = {self.policy.get_input_embeddings().weight}  # and the output's, run on responses alone
+        if self.policy.get_output_embeddings() is not None:
+            heads.add(self.policy.get_output_embeddings().weight)
+        linear = sum(parameter.numel() for parameter in self.policy.parameters() if parameter not in heads)
+        shared = Layout(True, linear, 2 * attention)
+        return (shared,) if self.config.layout == "shared" else (Layout(False, linear, attention), shared)
+
+    @torch.no_grad()
+    def why_not_shared(self, model):
+        """Why shared prompts would give this model other numbers than separate rows, or None: tried on real rows.
+
+        The log-probabilities must agree, and those of one response must not move with another one's tokens.
+        """
+        longest = sorted(self.data_examples, key=lambda example: example.num_tokens)[-2:]
+        pairs = [dataclasses.replace(example, columns={}, responses=(
+            example.responses[0], example.responses[-1][::-1].copy())) for example in longest]
+        others = [dataclasses.replace(pair, responses=(np.roll(pair.responses[0], 1), pair.responses[1]))
+                  for pair in pairs]
+        model.eval()
+        try:
+            apart, together, moved = (
+                (self.response_scores if self.objective.inputs == "scores" else self.response_logps)(
+                    model, collate(rows, layout=Layout(shared)).to(model.device))
+                for rows, shared in ((pairs, False), (pairs, True), (others, True)))
+        except Exception as error:  # a model may refuse positions or masks in its own way
+            return f"which does not take shared prompts: {first_line(error)}"
+        finally:
+            model.train(model is self.policy)
+        error = ((together - apart).abs() / apart.abs().clamp(min=1)).max().item()
+        if not error < (0.05 if torch.bfloat16 in (model.dtype, getattr(torch, self.config.compute_dtype)) else 1e-4):
+            return f"whose log-probabilities in shared rows are off by {error:.1e}"
+        leak = (together[1] - moved[1]).abs().max().item()
+        return f"in which one response sees the other (by {leak:.1e} nats)" if leak > 1e-5 else None
 
     def setting(self, name, default=None, loss=None):
         """A key of the loss's config block; of a list with a value per iteration, this iteration's."""
@@ -389,8 +443,7 @@ class Trainer:
         rows = stream(len(self.train_examples), self.position, stop,
                       seed=self.config.seed + 7_368_787 * self.iteration, shuffle=self.config.shuffle)
         examples = [self.train_examples[row] for row in rows]
-        batches = microbatches(examples, self.config.gradient_accumulation_steps,
-                               self.config.max_tokens_per_microbatch)
+        batches = self.microbatches(examples, self.config.gradient_accumulation_steps)
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.accumulate(batches, self.denominator(examples), backward=True)
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
@@ -422,12 +475,12 @@ class Trainer:
 
         `loss` and its parts are sums over `denominator`; with backward loss's gradient is added to .grad.
         """
-        num_examples = sum(map(len, batches))
+        num_examples = sum(len(examples) for examples, _ in batches)
         means = collections.defaultdict(float)
-        for batch in tqdm(batches, desc="evaluating", leave=False, disable=backward or None):
+        for examples, layout in tqdm(batches, desc="evaluating", leave=False, disable=backward or None):
             if not backward:
                 self.check_stop()
-            losses, metrics = self.losses(batch)
+            losses, metrics = self.losses(examples, layout)
             if backward:
                 (losses.sum() / denominator).backward()
             means["loss"] += losses.detach().double().sum() / denominator
@@ -448,18 +501,18 @@ class Trainer:
             return sum(len(response) for example in examples for response in example.responses)
         return len(examples)
 
-    def losses(self, examples):
+    def losses(self, examples, layout=SEPARATE):
         """The losses (B,) and metrics of a list of examples, in one forward of each model."""
         name = self.loss_name(examples)
         objective = OBJECTIVES[name]
-        batch = collate(examples, torch.promote_types(self.policy.dtype, torch.float32))
+        batch = collate(examples, torch.promote_types(self.policy.dtype, torch.float32), layout)
         batch = batch.to(self.policy.device)
         parameters = inspect.signature(objective.loss).parameters
         options = {key: self.setting(key, loss=name) for key in getattr(self.config, name, {})
                    if key in parameters}
         options |= {key: batch.columns[key] for key in objective.columns}
         if objective.inputs == "logits":
-            return self.token_losses(batch, functools.partial(objective.loss, **options))
+            return self.distribution_losses(batch, functools.partial(objective.loss, **options))
         read = self.response_scores if objective.inputs == "scores" else self.response_logps
         values = [*read(self.policy, batch)]
         if objective.needs_reference:
@@ -474,52 +527,59 @@ class Trainer:
 
     def response_logps(self, model, batch):
         """Summed log-probabilities (K, B) of a Batch's responses, in float32 (float64 models: float64)."""
-        with self.autocast():
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-                           logits_to_keep=batch.predicts).logits  # (N, V), N response tokens in all rows
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (N,)
-        return sum_by_response(batch, -F.cross_entropy(logits, targets, reduction="none"))
+        def read(logits, targets):
+            return [-F.cross_entropy(logits, targets, reduction="none")]
+        return self.sum_over_tokens([model], batch, read)[0]
 
     def response_scores(self, model, batch):
         """A reward model's scores (K, B) of a Batch's responses: its head at each one's last token."""
-        with self.autocast():
-            hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                                      use_cache=False)[0]  # (K * B, T, D)
-            last = batch.attention_mask.sum(-1) - 1
-            hidden = hidden[torch.arange(len(last), device=last.device), last]  # (K * B, D)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)  # of bfloat16 scores many would be equal
-        scores = F.linear(hidden.to(dtype), model.score.weight.to(dtype), model.score.bias)[:, 0]
+        with self.autocast(), branch_attention(model, batch):
+            hidden = as_float(model.base_model(**model_inputs(batch))[0].flatten(0, 1)[batch.ends])  # (K * B, D)
+        head = model.score  # in float32, for of bfloat16 scores many would be equal
+        scores = F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
         return scores.view(batch.num_responses, -1)
 
-    def token_losses(self, batch, loss):
-        """A loss of both models' logits at each response token, summed by response: losses (B,) and metrics.
+    def sum_over_tokens(self, models, batch, read):
+        """Sums over each response's tokens, (K, B), of what `read` makes of the models' logits there.
 
-        The (N, V) logits never exist whole: they are made in chunks of tokens, again in the backward.
+        read(logits (n, V) of each model ..., targets (n,)) -> tensors (n,). The (N, V) logits never exist whole:
+        they are made in chunks of tokens, again in the backward.
         """
-        def chunk_losses(policy_hidden, reference_hidden, targets):
-            with self.autocast():
-                logits = [run_head(self.policy, policy_states, policy_hidden)]
-                with torch.no_grad():
-                    logits.append(run_head(self.reference, reference_states, reference_hidden))
-            width = min(x.shape[-1] for x in logits)  # embeddings are padded beyond the tokens that both have
-            logits = [x[:, :width].to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
-            losses, metrics = loss(*logits, targets)
-            return losses, *metrics.items()
+        outputs = []
+        for model in models:
+            with self.autocast(), branch_attention(model, batch), self.gradients(model):
+                outputs.append(model.get_decoder()(**model_inputs(batch)))
+        states = [output[0].flatten(0, 1)[batch.states] for output in outputs]  # (N, D) each
 
-        with self.autocast():
-            policy_states, policy_hidden = run_decoder(self.policy, batch)  # (N, D)
-            with torch.no_grad():
-                reference_states, reference_hidden = run_decoder(self.reference, batch)
-        targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (N,)
+        def read_chunk(targets, *hidden):
+            logits = []
+            for model, output, part in zip(models, outputs, hidden):
+                with self.autocast(), self.gradients(model):
+                    logits.append(as_float(run_head(model, output, part)))
+            width = min(x.shape[-1] for x in logits)  # embeddings are padded beyond the tokens that all have
+            return read(*(x[:, :width] for x in logits), targets)
+
         size = max(1, CHUNK_LOGITS // self.policy.config.get_text_config().vocab_size)
-        chunks = zip(policy_hidden.split(size), reference_hidden.split(size), targets.split(size))
-        recomputed = functools.partial(checkpoint, chunk_losses, use_reentrant=False)
-        run = chunk_losses if len(targets) <= size else recomputed
-        losses, *metrics = zip(*itertools.starmap(run, chunks))
-        metrics = {values[0][0]: torch.cat([value for _, value in values]) for values in metrics}
-        return sum_by_response(batch, torch.cat(losses))[0], {
-            name: sum_by_response(batch, values)[0] for name, values in metrics.items()}
+        chunks = list(zip(batch.targets.split(size), *(x.split(size) for x in states)))
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            read_chunk = functools.partial(checkpoint, read_chunk, use_reentrant=False)
+        values = [torch.cat(parts) for parts in zip(*itertools.starmap(read_chunk, chunks))]  # (N,) each
+        return [value.new_zeros(len(batch.ends)).index_add(0, batch.owners, value).view(batch.num_responses, -1)
+                for value in values]
+
+    def distribution_losses(self, batch, loss):
+        """A loss of both models' logits at each response token, summed by response: losses (B,) and metrics."""
+        names = []
+
+        def read(*logits_and_targets):
+            losses, metrics = loss(*logits_and_targets)
+            names[:] = metrics
+            return [losses, *metrics.values()]
+        losses, *metrics = (x[0] for x in self.sum_over_tokens([self.policy, self.reference], batch, read))
+        return losses, dict(zip(names, metrics))
+
+    def gradients(self, model):
+        return torch.set_grad_enabled(torch.is_grad_enabled() and model is self.policy)
 
     def autocast(self):
         """bfloat16 arithmetic on float32 weights, if the config asks for it."""
@@ -529,11 +589,11 @@ class Trainer:
     def describe_failure(self, metrics, batches):
         bad = []
         with torch.no_grad():
-            for batch in batches:
-                finite = self.losses(batch)[0].isfinite().tolist()
-                bad += [example.where for example, fine in zip(batch, finite) if not fine]
+            for examples, layout in batches:
+                finite = self.losses(examples, layout)[0].isfinite().tolist()
+                bad += [example.where for example, fine in zip(examples, finite) if not fine]
         what = "the examples whose loss is not finite" if bad else "each example's loss is finite; the batch"
-        bad = bad or [example.where for batch in batches for example in batch]
+        bad = bad or [example.where for examples, _ in batches for example in examples]
         numbers = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
         saved = "nothing is saved yet" if self.saved_step is None else f"step {self.saved_step} is saved"
         return (f"step {self.step + 1}: {numbers}; {what}: {', '.join(bad)}. The weights were not touched, "
@@ -556,7 +616,10 @@ class Trainer:
 
     def eval_batches(self, examples):
         parts = math.ceil(len(examples) / self.config.eval_batch_size)
-        return microbatches(examples, parts, self.config.max_tokens_per_microbatch)
+        return self.microbatches(examples, parts)
+
+    def microbatches(self, examples, parts):
+        return microbatches(examples, parts, self.config.max_tokens_per_microbatch, self.layouts)
 
     def sample(self):
         """Answers of policy and reference to the same prompts; prints and writes num_samples of them.
@@ -637,9 +700,9 @@ class Trainer:
     def sample_kl(self, samples):
         """Mean over samples of log pi - log ref on the sampled ids, in nats, clipped below at 0."""
         total = 0.0
-        for examples in self.eval_batches(self.with_responses(samples)):
+        for examples, layout in self.eval_batches(self.with_responses(samples)):
             self.check_stop()
-            batch = collate(examples).to(self.policy.device)
+            batch = collate(examples, layout=layout).to(self.policy.device)
             ratios = self.response_logps(self.policy, batch) - self.response_logps(self.reference, batch)
             total += ratios.double().sum().item()
         return max(0.0, total / len(samples))
@@ -712,10 +775,11 @@ class Trainer:
     def score(self, examples, what):
         """The reward model's scores of examples' responses: lists of floats, in the examples' order."""
         scores, batches = {}, self.eval_batches(examples)
-        for batch in tqdm(batches, desc=f"scoring {what}", unit="batch", leave=False, disable=None):
+        for examples, layout in tqdm(batches, desc=f"scoring {what}", unit="batch", leave=False, disable=None):
             self.check_stop()
-            values = self.response_scores(self.reward_model, collate(batch).to(self.reward_model.device))
-            scores |= {id(example): row for example, row in zip(batch, values.T.tolist())}
+            batch = collate(examples, layout=layout).to(self.reward_model.device)
+            values = self.response_scores(self.reward_model, batch)
+            scores |= {id(example): row for example, row in zip(examples, values.T.tolist())}
         return [scores[id(example)] for example in examples]
 
     def fill_in_rewards(self):
@@ -940,15 +1004,42 @@ class SeededSampling(LogitsProcessor):
         return scores - noise.log().to(scores.device)
 
 
-def run_decoder(model, batch):
-    """A causal model without its head: its decoder's whole output, and the states (N, D) before the tokens of
-    a Batch's responses."""
-    decoder = model.get_decoder()
-    if decoder is model:  # as Llama 4's text model says: its head cannot be told from the rest
-        raise InputError(f"{model.config.model_type} names no decoder apart from its head, which loss=kd "
-                         "needs: choose another architecture")
-    states = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return states, states[0][batch.predicts]
+def model_inputs(batch):
+    """A Batch as keyword arguments of a decoder. Padding is on the right, where causal attention never looks."""
+    options = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.branches is not None:  # with a mask of ones transformers looks for no packing of its own
+        options |= {"position_ids": batch.positions, "attention_mask": torch.ones_like(batch.input_ids)}
+    return options
+
+
+@contextlib.contextmanager
+def branch_attention(model, batch):
+    """While it lasts, a token of the model sees only its prompt and its own response, by its own rule.
+
+    The rule (causal, a sliding window, ...) is the model's, asked with the positions in the response's sequence.
+    """
+    if batch.branches is None:
+        yield
+        return
+    name, branches, positions = model.config._attn_implementation, batch.branches, batch.positions
+    make_mask = MASKS[name]
+
+    def make_branch_mask(*arguments, mask_function, attention_mask=None, **options):
+        def allowed(b, h, q, k):
+            seen = (branches[b, k] == 0) | (branches[b, k] == branches[b, q])
+            return seen & mask_function(b, h, positions[b, q], positions[b, k])
+        return make_mask(*arguments, mask_function=allowed, attention_mask=None,
+                         **options | {"allow_is_causal_skip": False})
+
+    MASKS[name] = make_branch_mask
+    try:
+        yield
+    finally:
+        del MASKS[name]  # the override, not transformers' own entry
+
+
+def as_float(values):
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def run_head(model, states, hidden):
@@ -963,13 +1054,6 @@ def run_head(model, states, hidden):
         return model(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long), use_cache=False).logits[0]
     finally:
         del decoder.forward
-
-
-def sum_by_response(batch, values):
-    """Sums values (N,), one for each of a Batch's response tokens, over the responses: (K, B)."""
-    rows = torch.zeros(batch.predicts.shape, dtype=values.dtype, device=values.device)
-    rows = rows.masked_scatter(batch.predicts, values)  # (K * B, T), 0 where nothing is predicted
-    return rows.sum(-1).view(batch.num_responses, -1)
 
 
 def read_counters(checkpoint):

@@ -528,11 +528,33 @@ def example(prompt, *responses, **columns):
 
 def test_collate_as_its_docstring_says():
     batch = data.collate([example([5, 6], [7, 1], [8, 9, 1], chosen_reward=2.5)])
-    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 0], [5, 6, 8, 9, 1]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert batch.predicts.int().tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 0], [5, 6, 8, 9, 1]] and batch.branches is None
+    assert batch.states.tolist() == [1, 2, 6, 7, 8] and batch.targets.tolist() == [7, 1, 8, 9, 1]
+    assert batch.owners.tolist() == [0, 0, 1, 1, 1] and batch.ends.tolist() == [3, 9]
     assert {name: column.tolist() for name, column in batch.columns.items()} == {
         "chosen_reward": [2.5], "chosen_length": [2.0], "rejected_length": [3.0]}
+
+
+def test_collate_with_shared_prompts_as_its_docstring_says():
+    pair = example([5, 6], [7, 1], [8, 9, 1])
+    batch = data.collate([pair, example([4], [3], [2])], layout=data.Layout(shared=True))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 8, 9, 1], [4, 3, 2, 0, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 1, 0, 0, 0, 0]]
+    assert batch.branches.tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 2, -1, -1, -1, -1]]
+    # chosen of both, then rejected of both; the last prompt token predicts each first one
+    assert batch.states.tolist() == [1, 2, 7, 1, 4, 5, 7] and batch.targets.tolist() == [7, 1, 3, 8, 9, 1, 2]
+    assert batch.owners.tolist() == [0, 0, 1, 2, 2, 2, 3] and batch.ends.tolist() == [3, 8, 6, 9]
+
+
+def test_each_microbatch_has_the_cheaper_layout():
+    """Long prompts are cheaper shared; long responses apart, where attention over one long row costs more."""
+    long_prompt, long_answers = example([1] * 90, [2] * 5, [3] * 5), example([1] * 2, [2] * 50, [3] * 50)
+    layouts = (data.Layout(False, linear=100, quadratic=1), data.Layout(True, linear=100, quadratic=2))
+    for pair, shared in ((long_prompt, True), (long_answers, False)):
+        (examples, layout), = data.microbatches([pair, pair], 1, 10**6, layouts)
+        assert len(examples) == 2 and layout.shared is shared
+    # 2 rows of 95: 2 * 95 * (100 + 95); one of 100: 100 * (100 + 200)
+    assert [layout.cost(long_prompt, layout.width(long_prompt)) for layout in layouts] == [37050, 30000]
 
 
 def test_collate_puts_all_chosen_before_all_rejected():
@@ -546,18 +568,19 @@ def test_microbatches_hold_every_example_once_under_the_budget():
     examples = [example([1] * rng.randint(1, 30), [2] * rng.randint(1, 30), [3] * rng.randint(1, 30))
                 for _ in range(53)]
     for parts, budget in ((1, 10**9), (1, 200), (4, 300), (100, 10**9), (1, 1)):
-        batches = data.microbatches(examples, parts, budget)
-        assert sorted(map(id, sum(batches, []))) == sorted(map(id, examples))
-        for batch in batches:
-            assert len(batch) == 1 or data.collate(batch).input_ids.numel() <= budget
+        for layouts in ((data.SEPARATE,), (data.Layout(True),), (data.SEPARATE, data.Layout(True))):
+            batches = data.microbatches(examples, parts, budget, layouts)
+            assert sorted(id(e) for batch, _ in batches for e in batch) == sorted(map(id, examples))
+            for batch, layout in batches:
+                assert len(batch) == 1 or data.collate(batch, layout=layout).input_ids.numel() <= budget
     assert len(data.microbatches(examples, 1, 10**9)) == 1
-    assert sorted(map(len, data.microbatches(examples, 4, 10**9))) == [13, 13, 13, 14]
+    assert sorted(len(batch) for batch, _ in data.microbatches(examples, 4, 10**9)) == [13, 13, 13, 14]
     assert len(data.microbatches(examples, 1, 1)) == 53
-    lengths = [e.row_length for e in sum(data.microbatches(examples, 3, 200), [])]
+    lengths = [e.row_length for batch, _ in data.microbatches(examples, 3, 200) for e in batch]
     assert lengths == sorted(lengths, reverse=True)
 
 
 def test_columns_follow_their_examples_through_sorting():
     examples = [example([1], [2] * n, [3], chosen_reward=float(n)) for n in (1, 5, 3)]
-    batch = data.collate(data.microbatches(examples, 1, 10**6)[0])
+    batch = data.collate(*data.microbatches(examples, 1, 10**6)[0][:1])
     assert torch.equal(batch.columns["chosen_reward"], batch.columns["chosen_length"])

@@ -20,7 +20,7 @@ from transformers import (CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequ
 
 import train
 import trainers
-from data import Example, InputError, collate
+from data import SEPARATE, Example, InputError, Layout, collate
 from losses import OBJECTIVES
 
 UNREPEATABLE = ("split", "time", "examples_per_second", "tokens_per_second")
@@ -146,7 +146,7 @@ def test_sft_averages_tokens_or_examples():
     examples = by_tokens.train_examples[:4]
     logps = [obvious_logp(by_tokens.policy, example, example.responses[0]).item() for example in examples]
     for trainer, count in ((by_tokens, sum(len(e.responses[0]) for e in examples)), (by_examples, 4)):
-        means = trainer.accumulate([examples], trainer.denominator(examples))
+        means = trainer.accumulate([(examples, SEPARATE)], trainer.denominator(examples))
         assert means["loss"].item() == pytest.approx(-sum(logps) / count, rel=1e-5)
 
 
@@ -158,6 +158,59 @@ def test_bfloat16_computes_on_float32_weights():
     assert logps.dtype == torch.float32
     assert 1e-4 < (logps - expected).abs().max() < 1.0  # really bfloat16, and not far off
     assert trainer.train_step()["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def tiny_of(model_type, **more):
+    """A small random causal model of a family, without its special defaults for size."""
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if model_type not in ("gpt2", "bloom", "mpt", "gpt_neo", "mamba"):
+        size |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+    if model_type == "gpt_neo":
+        size |= {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}
+        del size["num_hidden_layers"], size["num_attention_heads"]
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**size | {"initializer_range": 0.3} | more)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def random_pairs(vocab_size=60):
+    rng = np.random.default_rng(0)
+    return [Example("x", rng.integers(3, vocab_size, p), tuple(rng.integers(3, vocab_size, n) for n in lengths), {})
+            for p, *lengths in ((12, 9, 14), (5, 20, 3), (16, 4, 4), (1, 1, 2))]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text",
+                                        "phi3", "olmo2", "cohere", "gpt_oss", "mixtral"])
+def test_both_layouts_agree(model_type):
+    """Log-probabilities and gradients; a window of 8 tokens where the family has one."""
+    more = {"sliding_window": 8} if model_type in ("mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss", "mixtral") else {}
+    trainer = make_trainer("loss=dpo", "max_steps=0")
+    trainer.policy = tiny_of(model_type, **more)
+    pairs, logps, gradients = random_pairs(), [], []
+    weights = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    for shared in (False, True):
+        trainer.policy.zero_grad()
+        values = trainer.response_logps(trainer.policy, collate(pairs, layout=Layout(shared)))
+        (values * weights).sum().backward()
+        logps.append(values.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None]))
+    apart = [trainer.response_logps(trainer.policy, collate([pair])).detach() for pair in pairs]
+    assert torch.allclose(logps[0], torch.cat(apart, 1), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(logps[0], logps[1], rtol=1e-6, atol=1e-5) and logps[0].std() > 1
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[0].abs().max()
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt", "gpt_neo", "mamba"])
+def test_models_that_cannot_share_prompts_are_found_out(model_type, capsys, refused):
+    trainer = make_trainer("loss=dpo", "max_steps=0")
+    capsys.readouterr()
+    trainer.policy = trainer.reference = tiny_of(model_type)
+    trainer.data_examples = random_pairs()
+    assert [layout.shared for layout in trainer.choose_layouts()] == [False]
+    assert capsys.readouterr().out.startswith("layout     separate, ")
+    trainer.config.layout = "shared"
+    with pytest.raises(InputError, match="layout=shared is not possible with this model"):
+        trainer.choose_layouts()
 
 
 def test_activation_checkpointing_changes_nothing():
@@ -270,7 +323,7 @@ def run_folder(inside):
 
 def test_evaluation_at_step_0_has_reward_exactly_0():
     trainer = make_trainer("loss=dpo", "num_eval_examples=50", "max_tokens_per_microbatch=500")
-    means = trainer.accumulate(trainers.microbatches(trainer.eval_examples, 1, 500), 50)
+    means = trainer.accumulate(trainer.microbatches(trainer.eval_examples, 1), 50)
     assert means["rewards/chosen"].item() == means["rewards/margins"].item() == 0.0
     assert means["loss"].item() == pytest.approx(math.log(2), abs=1e-7)
 
@@ -757,10 +810,11 @@ def test_the_head_by_itself_is_the_models_own(model_type):
             setattr(config, name, 0.7)
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = collate([Example("x", np.arange(3, 8), (np.arange(9, 9 + n),), {}) for n in (4, 2)])
-    states, hidden = trainers.run_decoder(model, batch)
-    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    states = model.get_decoder()(**trainers.model_inputs(batch))
+    hidden = states[0].flatten(0, 1)[batch.states]
+    expected = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.states]
     parts = torch.cat([trainers.run_head(model, states, part) for part in hidden.split(4)])
-    assert torch.allclose(parts, expected[batch.predicts], atol=1e-5) and expected.std() > 0.05
+    assert torch.allclose(parts, expected, atol=1e-5) and expected.std() > 0.05
     assert "forward" not in vars(model.get_decoder())
 
 
@@ -1016,8 +1070,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(run, monkeyp
     before = [p.clone() for p in trainer.policy.parameters()]
     inner = trainer.losses
 
-    def losses(examples):
-        values, metrics = inner(examples)
+    def losses(examples, layout):
+        values, metrics = inner(examples, layout)
         return values * torch.tensor([math.nan if e is bad else 1.0 for e in examples]), metrics
 
     monkeypatch.setattr(trainer, "losses", losses)
