@@ -30,7 +30,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
-    "activation_checkpointing|layout")
+    "activation_checkpointing|layout|reference_cache")
 PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
 
 
@@ -93,7 +93,8 @@ def build_trainer(config, checkpoint=None):
     reward_model = load_other("reward_model", config.reward_model, config, tokenizer, "scores")
     trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, train_examples,
                                train_report.fingerprint, held_out[:config.num_eval_examples], sample_examples,
-                               judge, reward_model, checkpoint)
+                               judge, reward_model, checkpoint,
+                               functools.partial(load_reference, config, True, policy, tokenizer))
     print_summary(trainer, dropouts, reports)
     return trainer
 

@@ -19,6 +19,8 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -33,6 +35,7 @@ from losses import OBJECTIVES
 START = time.monotonic()  # max_hours counts from here
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
 ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by the clock
+REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns, where they are computed once
 CHUNK_LOGITS = 2**24  # how many logits of a model exist at once where a loss reads whole distributions
 
 # ---------------------------------------------------------------- models and tokenizers
@@ -245,7 +248,8 @@ class Trainer:
     """
 
     def __init__(self, config, policy, reference, tokenizer, end_ids, train_examples, data_fingerprint,
-                 eval_examples, sample_examples, dataset=None, reward_model=None, checkpoint=None):
+                 eval_examples, sample_examples, dataset=None, reward_model=None, checkpoint=None,
+                 load_reference=None):
         self.config = config
         self.objective = OBJECTIVES[config.loss]
         self.policy = policy.train()
@@ -255,7 +259,7 @@ class Trainer:
         self.tokenizer, self.end_ids = tokenizer, end_ids
         self.data_examples, self.train_examples = train_examples, train_examples
         self.eval_examples, self.sample_examples = eval_examples, sample_examples
-        self.dataset = dataset
+        self.dataset, self.load_reference = dataset, load_reference
         self.reward_model = reward_model and reward_model.eval().requires_grad_(False)
         self.optimizer = make_optimizer(policy.parameters(), config)
         self.step = self.examples = self.iteration = self.first_step = self.first_examples = 0
@@ -366,6 +370,7 @@ class Trainer:
                                         disable=None) as bar:
             try:
                 self.fill_in_rewards()
+                self.fill_in_reference()
                 while True:
                     self.check_stop()
                     if self.eval_is_due():
@@ -515,7 +520,9 @@ class Trainer:
             return self.distribution_losses(batch, functools.partial(objective.loss, **options))
         read = self.response_scores if objective.inputs == "scores" else self.response_logps
         values = [*read(self.policy, batch)]
-        if objective.needs_reference:
+        if objective.needs_reference and REFERENCE[0] in batch.columns:
+            values += [batch.columns[key] for key in REFERENCE[:1 + objective.needs_pairs]]
+        elif objective.needs_reference:
             with torch.no_grad():
                 values += read(self.reference, batch)
         losses, metrics = objective.loss(*values, **options)
@@ -629,10 +636,11 @@ class Trainer:
         answers = {"policy": self.generate(self.policy, self.sample_examples)}
         metrics = {"samples/length": sum(map(len, answers["policy"])) / len(self.sample_examples)}
         if self.reference and not self.objective.self_play:  # whose reference is another in each iteration
-            if self.reference_samples is None:  # neither its weights nor the noise change
-                self.reference_samples = self.generate(self.reference, self.sample_examples)
-            answers["reference"] = self.reference_samples
-            metrics["samples/kl"] = self.sample_kl(answers["policy"])
+            with self.reference_in_memory():
+                if self.reference_samples is None:  # neither its weights nor the noise change
+                    self.reference_samples = self.generate(self.reference, self.sample_examples)
+                answers["reference"] = self.reference_samples
+                metrics["samples/kl"] = self.sample_kl(answers["policy"])
         records = [{"prompt": self.tokenizer.decode(example.prompt)} for example in self.sample_examples]
         for who, responses in answers.items():
             scores = who == "reference" and self.reference_scores or self.score_samples(responses)
@@ -803,6 +811,63 @@ class Trainer:
             for key, example in zip(keys, lacking[start:start + 1000]):
                 example.columns |= {name: known[key][name] for name in REWARDS}
         tqdm.write(f"{len(lacking):,} pairs without rewards have those of reward_model, in rewards.jsonl")
+
+    @torch.no_grad()
+    def fill_in_reference(self):
+        """Computes the reference's log-probabilities of every response once; then the model leaves the memory.
+
+        They are kept in files of at most 10,000 examples, under a key of all that decides them. Evaluation's come
+        from the very microbatches that it will use, so that rewards at step 0 are exactly 0.
+        """
+        if not self.objective.needs_reference or self.objective.inputs != "logps" or self.objective.self_play \
+                or not self.config.reference_cache:
+            return
+        cached = True
+        for start in range(0, len(self.data_examples), 10_000):
+            part = self.data_examples[start:start + 10_000]
+            cached &= self.fill_in_part(part, self.microbatches(part, 1), "")
+        if self.eval_examples:
+            batches = self.eval_batches(self.eval_examples)
+            shapes = [(len(examples), layout.shared) for examples, layout in batches]
+            cached &= self.fill_in_part(self.eval_examples, batches, repr(shapes))
+        tqdm.write("reference log-probabilities " + ("from the cache" if cached else "computed"))
+        self.reference.to("meta")
+
+    def fill_in_part(self, examples, batches, how):
+        """Puts reference log-probabilities into the examples' columns; returns whether the cache had them."""
+        digest = hashlib.sha256(repr([self.fingerprints["reference"], self.config.dtype,
+                                      self.config.compute_dtype, how]).encode())
+        for example in examples:
+            for ids in (example.prompt, *example.responses):
+                digest.update(len(ids).to_bytes(4) + ids.tobytes())
+        folder = self.config.reference_cache
+        folder = os.path.join("runs", "reference_cache") if folder is True else folder
+        path = os.path.join(folder, digest.hexdigest() + ".safetensors")
+        logps = read_checked(path, (len(examples), len(examples[0].responses)))
+        if found := logps is not None:
+            rows = dict(zip(map(id, examples), logps.tolist()))
+        else:
+            rows = {}
+            for part, layout in tqdm(batches, desc="reference", unit="batch", leave=False, disable=None):
+                self.check_stop()
+                batch = collate([dataclasses.replace(example, columns={}) for example in part], layout=layout)
+                values = self.response_logps(self.reference, batch.to(self.policy.device))
+                rows |= dict(zip(map(id, part), values.T.tolist()))
+            os.makedirs(folder, exist_ok=True)
+            write_checked(path, torch.tensor([rows[id(example)] for example in examples], dtype=torch.float64))
+        for example in examples:
+            example.columns |= dict(zip(REFERENCE, rows[id(example)]))
+        return found
+
+    @contextlib.contextmanager
+    def reference_in_memory(self):
+        """Loads the reference again for a while, if it left."""
+        left = self.reference.device.type == "meta"
+        if left:
+            self.reference = self.load_reference().eval().requires_grad_(False)
+        yield
+        if left:
+            self.reference.to("meta")
 
     @torch.no_grad()
     def next_iteration(self):
@@ -1054,6 +1119,29 @@ def run_head(model, states, hidden):
         return model(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long), use_cache=False).logits[0]
     finally:
         del decoder.forward
+
+
+def write_checked(path, values):
+    """Saves a tensor with its hash, whole or not at all; of two writers of one path the later stays."""
+    partial = f"{path}.{os.getpid()}.partial"
+    save_file({"values": values}, partial, {"sha256": hashlib.sha256(values.numpy().tobytes()).hexdigest()})
+    sync(partial)
+    os.replace(partial, path)
+
+
+def read_checked(path, shape):
+    """What write_checked saved; None where there is no such file, or a damaged one, which is noted."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            values, digest = file.get_tensor("values"), file.metadata()["sha256"]
+        if values.shape == shape and hashlib.sha256(values.numpy().tobytes()).hexdigest() == digest:
+            return values
+    except Exception:  # safetensors has errors of its own for each kind of damage
+        pass
+    tqdm.write(f"{path} is damaged and computed again")
+    return None
 
 
 def read_counters(checkpoint):

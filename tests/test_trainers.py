@@ -79,7 +79,7 @@ def obvious_losses(name, model, reference, example):
 def test_trajectory_matches_the_obvious_implementation(name, dtype, tolerance, sft_run):
     """Five steps: losses, every gradient, clipping, warmup and RMSprop, against float64."""
     block = [f"{name}.beta=0.5"] if f"{name}.beta" in train.read_schema()[0] else []
-    block += needed(name, sft_run)
+    block += needed(name, sft_run) + ([os.environ["LAY"]] if "LAY" in os.environ else [])
     trainer = make_trainer(f"loss={name}", *block, f"dtype={dtype}", f"compute_dtype={dtype}", "max_steps=5",
                            "max_grad_norm=0.5", "lr=1e-5", "warmup_steps=2", "lr_schedule=constant",
                            "max_tokens_per_microbatch=100", f"model={sft_run}/LATEST")
