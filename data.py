@@ -661,8 +661,11 @@ def epoch_order(num_rows, seed, epoch, shuffle):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a microbatch is laid in rows: shared, [prompt | chosen | rejected] in one; or separate, each response
-    after a prompt of its own. A row of T tokens costs T (linear + quadratic T)."""
+    """How a microbatch is laid in rows, all as wide as the widest: each response after a prompt of its own; or
+    shared, examples one after another as they fit, each [prompt | chosen | rejected].
+
+    A row of T tokens costs T (linear + quadratic T).
+    """
 
     shared: bool
     linear: float = 1.0
@@ -671,11 +674,30 @@ class Layout:
     def width(self, example):
         return example.num_tokens if self.shared else example.row_length
 
-    def num_rows(self, example):
-        return 1 if self.shared else len(example.responses)
+    def rows(self, examples, max_tokens=math.inf):
+        """Rows, lists of places in `examples`, which come longest first. They end with the first example that
+        the budget of tokens, padding counted, has no room for; the first always goes in."""
+        rows, room, width = [], [], 0
+        for place, example in enumerate(examples):
+            own = self.width(example)
+            i = next((i for i, left in enumerate(room) if self.shared and left >= own), len(rows))
+            if i == len(rows):
+                width = max(width, own)
+                height = (i + 1) * (1 if self.shared else len(example.responses))
+                if i > 0 and height * width > max_tokens:
+                    break
+                rows.append([])
+                room.append(width)
+            rows[i].append(place)
+            room[i] -= own
+        return rows
 
-    def cost(self, example, width):
-        return self.num_rows(example) * width * (self.linear + self.quadratic * width)
+    def cost(self, examples, rows):
+        """Of these rows, per token that is not repeated."""
+        width = max(sum(self.width(examples[i]) for i in row) for row in rows)
+        height = len(rows) if self.shared else len(rows) * len(examples[0].responses)
+        num_tokens = sum(examples[i].num_tokens for row in rows for i in row)
+        return height * width * (self.linear + self.quadratic * width) / num_tokens
 
 
 SEPARATE = Layout(shared=False)
@@ -692,16 +714,9 @@ def microbatches(examples, parts, max_tokens, layouts=(SEPARATE,)):
     for i in range(parts):
         part = ordered[i * len(ordered) // parts:(i + 1) * len(ordered) // parts]
         while part:
-            choices = []
-            for layout in layouts:
-                size, width = 0, 0
-                while size < len(part):
-                    wider = max(width, layout.width(part[size]))
-                    if size and wider * layout.num_rows(part[0]) * (size + 1) > max_tokens:
-                        break
-                    size, width = size + 1, wider
-                choices.append((layout.cost(part[0], width), size, layout))
-            cost, size, layout = min(choices, key=lambda choice: choice[0])
+            choices = [(layout, layout.rows(part, max_tokens)) for layout in layouts]
+            layout, rows = min(choices, key=lambda choice: choice[0].cost(part, choice[1]))
+            size = sum(map(len, rows))
             batches.append((part[:size], layout))
             part = part[size:]
     return batches
@@ -712,7 +727,9 @@ class Batch:
     """Tensors of B examples with K responses each, laid in R rows of T tokens, padded on the right.
 
     input_ids, positions: (R, T) int64; a token's position is that in its prompt with its own response.
-    branches: (R, T) int64, 0 in a prompt, k in response k, -1 in padding; None where each row is one response.
+    segments: (R, T) int64, a number for each prompt and each response, -1 for padding. prompts: (R, T) int64, the
+    segment of each token's prompt. A token sees its own segment and its prompt. Both are None where each row is
+    one response, which a causal model sees so by itself.
     states: (N,) int64, for each of N response tokens the place in R * T of the token that predicts it.
     targets: (N,) int64, those tokens. owners: (N,) int64, their responses, k * B + b.
     ends: (K * B,) int64, the place of each response's last token. columns: name -> (B,) float.
@@ -721,60 +738,65 @@ class Batch:
 
         input_ids   5 6 7 1 0     input_ids   5 6 7 1 8 9 1     targets  7 1 8 9 1
                     5 6 8 9 1     positions   0 1 2 3 2 3 4     owners   0 0 1 1 1
-        states      1 2 6 7 8     states      1 2 1 4 5
-        ends        3 9           ends        3 6
+        states      1 2 6 7 8     segments    0 0 1 1 2 2 2
+        ends        3 9           prompts     0 0 0 0 0 0 0
+                                  states      1 2 1 4 5
+                                  ends        3 6
     """
 
+    examples: list
     input_ids: torch.Tensor
     positions: torch.Tensor
-    branches: torch.Tensor | None
+    segments: torch.Tensor | None
+    prompts: torch.Tensor | None
     states: torch.Tensor
     targets: torch.Tensor
     owners: torch.Tensor
     ends: torch.Tensor
     columns: dict
-    num_responses: int  # K
 
     def to(self, device):
+        """On a GPU the copies are queued, and nobody waits for them."""
         def move(value):
-            return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            if not torch.is_tensor(value) or device.type == "cpu":
+                return value
+            return value.pin_memory().to(device, non_blocking=True)
         values = {name: move(value) for name, value in vars(self).items() if name != "columns"}
         return Batch(**values, columns={name: move(column) for name, column in self.columns.items()})
 
 
 def collate(examples, dtype=torch.float32, layout=SEPARATE):
-    """Examples to a Batch; its columns are of `dtype`. See Batch for what is laid where."""
+    """Examples, longest first, to a Batch; its columns are of `dtype`. See Batch for what is laid where."""
     num_responses = len(examples[0].responses)
-    branches = [(example, k) for k in range(num_responses) for example in examples]
     if layout.shared:
-        rows = [(example.prompt, *example.responses) for example in examples]
+        rows = [[(place, range(num_responses)) for place in row] for row in layout.rows(examples)]
     else:
-        rows = [(example.prompt, example.responses[k]) for example, k in branches]
-    width = max(sum(map(len, row)) for row in rows)
-    input_ids = np.zeros((len(rows), width), np.int64)
-    positions = np.zeros((len(rows), width), np.int64)
-    branch_ids = np.full((len(rows), width), -1, np.int64)
-    for i, (prompt, *responses) in enumerate(rows):
-        length = len(prompt) + sum(map(len, responses))
-        input_ids[i, :length] = np.concatenate([prompt, *responses])
-        spans = [np.arange(len(prompt)), *(np.arange(len(ids)) + len(prompt) for ids in responses)]
-        positions[i, :length] = np.concatenate(spans)
-        branch_ids[i, :length] = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
-    states, ends = [], []
-    for number, (example, k) in enumerate(branches):
-        row = number % len(examples) if layout.shared else number
-        before = sum(map(len, example.responses[:k])) if layout.shared else 0
-        last_prompt = row * width + len(example.prompt) - 1
-        first = last_prompt + 1 + before
-        ends.append(first + len(example.responses[k]) - 1)
-        states.append(np.concatenate([[last_prompt], np.arange(first, ends[-1])]))
+        rows = [[(place, [k])] for k in range(num_responses) for place in range(len(examples))]
+    width = max(sum(len(examples[i].prompt) + sum(len(examples[i].responses[k]) for k in ks) for i, ks in row)
+                for row in rows)
+    input_ids, positions = np.zeros((2, len(rows), width), np.int64)
+    segments, prompts = np.full((2, len(rows), width), -1, np.int64)
+    states, ends = ([None] * num_responses * len(examples) for _ in range(2))
+    for r, row in enumerate(rows):
+        at, segment = 0, 0
+        for place, ks in row:
+            example = examples[place]
+            last, own_prompt = at + len(example.prompt) - 1, segment
+            for k in (None, *ks):
+                ids, start = (example.prompt, 0) if k is None else (example.responses[k], len(example.prompt))
+                span = slice(at, at + len(ids))
+                input_ids[r, span], positions[r, span] = ids, np.arange(start, start + len(ids))
+                segments[r, span], prompts[r, span] = segment, own_prompt
+                if k is not None:
+                    number = k * len(examples) + place
+                    states[number] = r * width + np.append(last, np.arange(at, at + len(ids) - 1))
+                    ends[number] = r * width + at + len(ids) - 1
+                at, segment = at + len(ids), segment + 1
+    answers = [example.responses[k] for k in range(num_responses) for example in examples]
     columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
-    for name, lengths in zip(COMPUTED_COLUMNS, zip(*(map(len, example.responses) for example in examples))):
-        columns[name] = lengths
-    return Batch(*map(torch.from_numpy, (input_ids, positions)),
-                 torch.from_numpy(branch_ids) if layout.shared else None,
-                 torch.from_numpy(np.concatenate(states)),
-                 torch.from_numpy(np.concatenate([example.responses[k] for example, k in branches]).astype(np.int64)),
-                 torch.from_numpy(np.repeat(np.arange(len(branches)), [len(ids) for ids in states])),
-                 torch.tensor(ends), {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()},
-                 num_responses)
+    columns |= dict(zip(COMPUTED_COLUMNS, zip(*(map(len, example.responses) for example in examples))))
+    tensors = (input_ids, positions, *((segments, prompts) if layout.shared else (None, None)),
+               np.concatenate(states), np.concatenate(answers).astype(np.int64),
+               np.repeat(np.arange(len(answers)), [len(ids) for ids in answers]), np.array(ends))
+    return Batch(list(examples), *(x if x is None else torch.from_numpy(x) for x in tensors),
+                 {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()})

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
-    "activation_checkpointing|layout|reference_cache")
+    "activation_checkpointing|compile|layout|reference_cache")
 PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
 
 
@@ -56,6 +57,7 @@ def main(arguments):
 
 def build_trainer(config, checkpoint=None):
     """Data, tokenizer, models and Trainer of a config, printing a summary; writes nothing."""
+    trainers.keep_freed_memory()
     torch.manual_seed(config.seed)
     objective = OBJECTIVES[config.loss]
     named = [name for name in as_list(config.data) if name in DATASETS]
@@ -319,6 +321,9 @@ def check_config(config):
                              + (f"{key}={path}/LATEST is one" if is_run else "give a folder that has"))
     if config.attention == "flex_attention" and not torch.cuda.is_available():
         raise InputError("attention=flex_attention has no backward on a CPU: choose sdpa or eager")
+    if config.compile and not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("compile=true needs a C++ compiler on a CPU, and there is no g++: install one, or leave "
+                         "it out")
     parent = config.run_dir
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)

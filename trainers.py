@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 import zlib
 
@@ -25,8 +27,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          GenerationConfig, LlamaConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper)
+                          GenerationConfig, LlamaConfig, LogitsProcessor, PreTrainedModel, TopKLogitsWarper,
+                          TopPLogitsWarper)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import (REWARDS, SEPARATE, InputError, Layout, collate, first_line, microbatches, stream,
                   train_tokenizer)
@@ -194,8 +198,11 @@ def make_optimizer(parameters, config):
                              f"{', '.join(known)}")
         if isinstance(known[name], bool) and not isinstance(value, bool):
             raise InputError(f"optimizer_args.{name}={value!r} is not allowed: it must be true or false")
+    options = config.optimizer_args
+    if "fused" in known and not {"fused", "foreach", "differentiable"} & options.keys():
+        options = options | {"fused": True}
     try:
-        return optimizer_class(parameters, lr=config.lr, **config.optimizer_args)
+        return optimizer_class(parameters, lr=config.lr, **options)
     except Exception as error:
         raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused: {error}") from error
 
@@ -263,8 +270,11 @@ class Trainer:
         self.reward_model = reward_model and reward_model.eval().requires_grad_(False)
         self.optimizer = make_optimizer(policy.parameters(), config)
         self.step = self.examples = self.iteration = self.first_step = self.first_examples = 0
+        self.next_batches = None  # of the next step: (iteration, position), Batches
         if self.objective.self_play:
             self.iteration, self.train_examples = -1, []
+        if config.compile:
+            compile_layers(policy)
         self.layouts = self.choose_layouts()
         self.saved_step = None
         self.stop = None  # signal number, or "max_hours"
@@ -276,13 +286,14 @@ class Trainer:
             self.restore(checkpoint)
 
     def choose_layouts(self):
-        """The layouts that microbatches of pairs may have: separate rows, shared prompts, or the cheaper each time.
+        """The layouts that microbatches may have: separate rows, shared ones, or the cheaper each time.
 
         Costs are multiply-adds of a token's forward, those in attention weighted by how much slower they are.
         """
-        if self.config.layout == "separate" or not self.objective.needs_pairs:
+        if self.config.layout == "separate":
             return (SEPARATE,)
-        reason = next(filter(None, map(self.why_not_shared, filter(None, (self.policy, self.reference)))), None)
+        models = filter(None, (self.policy, self.reference))
+        reason = next(filter(None, map(self.why_not_shared, models)), None)
         if reason and self.config.layout == "shared":
             raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
         if reason:
@@ -300,20 +311,21 @@ class Trainer:
 
     @torch.no_grad()
     def why_not_shared(self, model):
-        """Why shared prompts would give this model other numbers than separate rows, or None: tried on real rows.
+        """Why shared rows would give this model other numbers than separate ones, or None: tried on real rows.
 
-        The log-probabilities must agree, and those of one response must not move with another one's tokens.
+        The log-probabilities must agree, and those of one response must not move with another one's tokens: on
+        the longest example in one row, the two shortest in another, if they fit.
         """
-        longest = sorted(self.data_examples, key=lambda example: example.num_tokens)[-2:]
+        ordered = sorted(self.data_examples, key=lambda example: example.num_tokens)
         pairs = [dataclasses.replace(example, columns={}, responses=(
-            example.responses[0], example.responses[-1][::-1].copy())) for example in longest]
-        others = [dataclasses.replace(pair, responses=(np.roll(pair.responses[0], 1), pair.responses[1]))
-                  for pair in pairs]
+            example.responses[0], example.responses[-1][::-1].copy())) for example in (ordered[-1], *ordered[:2])]
+        others = [dataclasses.replace(pair, responses=(pair.responses[0][::-1].copy(), pair.responses[1]))
+                  for pair in pairs[:2]] + pairs[2:]
+        read = self.response_scores if self.objective.inputs == "scores" else self.response_logps
         model.eval()
         try:
             apart, together, moved = (
-                (self.response_scores if self.objective.inputs == "scores" else self.response_logps)(
-                    model, collate(rows, layout=Layout(shared)).to(model.device))
+                read(model, collate(rows, layout=Layout(shared)).to(model.device))
                 for rows, shared in ((pairs, False), (pairs, True), (others, True)))
         except Exception as error:  # a model may refuse positions or masks in its own way
             return f"which does not take shared prompts: {first_line(error)}"
@@ -322,7 +334,8 @@ class Trainer:
         error = ((together - apart).abs() / apart.abs().clamp(min=1)).max().item()
         if not error < (0.05 if torch.bfloat16 in (model.dtype, getattr(torch, self.config.compute_dtype)) else 1e-4):
             return f"whose log-probabilities in shared rows are off by {error:.1e}"
-        leak = (together[1] - moved[1]).abs().max().item()
+        change = (together - moved).abs()
+        leak = max(change[1].max().item(), change[:, 2:].amax(0).sum().item())
         return f"in which one response sees the other (by {leak:.1e} nats)" if leak > 1e-5 else None
 
     def setting(self, name, default=None, loss=None):
@@ -444,16 +457,17 @@ class Trainer:
         Raises FloatingPointError, with the examples, if the loss or the gradient is not finite.
         """
         started = time.perf_counter()
-        stop = min(self.position + self.config.batch_size, self.num_positions(len(self.train_examples)))
-        rows = stream(len(self.train_examples), self.position, stop,
-                      seed=self.config.seed + 7_368_787 * self.iteration, shuffle=self.config.shuffle)
-        examples = [self.train_examples[row] for row in rows]
-        batches = self.microbatches(examples, self.config.gradient_accumulation_steps)
+        place, batches = self.next_batches or (None, None)
+        if place != (self.iteration, self.position):
+            batches = self.train_batches(self.position)
+        examples = [example for batch in batches for example in batch.examples]
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.accumulate(batches, self.denominator(examples), backward=True)
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).double()
-        values = torch.stack(list(sums.values())).tolist()  # the step's one wait for the device
+        place = self.iteration, self.position + len(examples)
+        self.next_batches = place, self.train_batches(place[1])  # made while the device is at work
+        values = torch.stack(list(sums.values())).tolist()  # the step's one wait for it
         metrics = dict(zip(sums, values))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise FloatingPointError(self.describe_failure(metrics, batches))
@@ -470,31 +484,39 @@ class Trainer:
             seconds=time.perf_counter() - started)
         return metrics
 
+    def train_batches(self, position):
+        """The Batches of the step that begins at a position of the iteration's stream of examples."""
+        stop = min(position + self.config.batch_size, self.num_positions(len(self.train_examples)))
+        rows = stream(len(self.train_examples), position, stop,
+                      seed=self.config.seed + 7_368_787 * self.iteration, shuffle=self.config.shuffle)
+        examples = [self.train_examples[row] for row in rows]
+        cuts = self.cut(examples, self.config.gradient_accumulation_steps)
+        return [self.collate(*cut) for cut in cuts]
+
     def place(self):
         """Where in its iteration the run stands."""
         place = {"epoch": self.position / max(1, len(self.train_examples))}
         return place | ({"iteration": max(0, self.iteration)} if self.objective.self_play else {})
 
     def accumulate(self, batches, denominator, backward=False):
-        """Means over all examples of batches (lists of examples): {name: 0-d float64 tensor}, `loss` first.
+        """Means over all examples of Batches: {name: 0-d float64 tensor}, `loss` first.
 
         `loss` and its parts are sums over `denominator`; with backward loss's gradient is added to .grad.
         """
-        num_examples = sum(len(examples) for examples, _ in batches)
-        means = collections.defaultdict(float)
-        for examples, layout in tqdm(batches, desc="evaluating", leave=False, disable=backward or None):
-            if not backward:
-                self.check_stop()
-            losses, metrics = self.losses(examples, layout)
+        sums, num_examples = collections.defaultdict(float), 0
+        for batch in batches:
+            losses, metrics = self.losses(batch)
             if backward:
                 (losses.sum() / denominator).backward()
-            means["loss"] += losses.detach().double().sum() / denominator
-            for name, value in metrics.items():
-                means[name] += value.double().sum() / (denominator if name.endswith("loss") else num_examples)
+            num_examples += len(batch.examples)
+            for name, value in {"loss": losses.detach(), **metrics}.items():
+                sums[name] += value.double().sum()
+        means = {name: value / (denominator if name.endswith("loss") else num_examples)
+                 for name, value in sums.items()}
         if "rewards/mean_square" in means:
             variance = means.pop("rewards/mean_square") - means["rewards/mean"] ** 2
             means["rewards/std"] = variance.clamp(min=0).sqrt()
-        return dict(means)
+        return means
 
     def loss_name(self, examples):
         """The name of the loss of these examples: the config's; in self-play, of rows as in the data, sft."""
@@ -506,12 +528,10 @@ class Trainer:
             return sum(len(response) for example in examples for response in example.responses)
         return len(examples)
 
-    def losses(self, examples, layout=SEPARATE):
-        """The losses (B,) and metrics of a list of examples, in one forward of each model."""
-        name = self.loss_name(examples)
+    def losses(self, batch):
+        """The losses (B,) and metrics of a Batch, in one forward of each model that has to run."""
+        name = self.loss_name(batch.examples)
         objective = OBJECTIVES[name]
-        batch = collate(examples, torch.promote_types(self.policy.dtype, torch.float32), layout)
-        batch = batch.to(self.policy.device)
         parameters = inspect.signature(objective.loss).parameters
         options = {key: self.setting(key, loss=name) for key in getattr(self.config, name, {})
                    if key in parameters}
@@ -527,9 +547,8 @@ class Trainer:
                 values += read(self.reference, batch)
         losses, metrics = objective.loss(*values, **options)
         if name == self.config.loss and objective.self_play:
-            finished = [float(example.responses[1][-1] in self.end_ids) for example in examples]
             metrics |= {"generated/length": batch.columns["rejected_length"],
-                        "generated/finished": torch.tensor(finished, device=losses.device)}
+                        "generated/finished": batch.columns["finished"]}
         return losses, metrics
 
     def response_logps(self, model, batch):
@@ -540,11 +559,11 @@ class Trainer:
 
     def response_scores(self, model, batch):
         """A reward model's scores (K, B) of a Batch's responses: its head at each one's last token."""
-        with self.autocast(), branch_attention(model, batch):
+        with self.autocast(), shared_attention(model, batch):
             hidden = as_float(model.base_model(**model_inputs(batch))[0].flatten(0, 1)[batch.ends])  # (K * B, D)
         head = model.score  # in float32, for of bfloat16 scores many would be equal
         scores = F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
-        return scores.view(batch.num_responses, -1)
+        return scores.view(-1, len(batch.examples))
 
     def sum_over_tokens(self, models, batch, read):
         """Sums over each response's tokens, (K, B), of what `read` makes of the models' logits there.
@@ -554,8 +573,8 @@ class Trainer:
         """
         outputs = []
         for model in models:
-            with self.autocast(), branch_attention(model, batch), self.gradients(model):
-                outputs.append(model.get_decoder()(**model_inputs(batch)))
+            with self.autocast(), shared_attention(model, batch), self.gradients(model):
+                outputs.append(decoder_of(model)(**model_inputs(batch)))
         states = [output[0].flatten(0, 1)[batch.states] for output in outputs]  # (N, D) each
 
         def read_chunk(targets, *hidden):
@@ -569,9 +588,9 @@ class Trainer:
         size = max(1, CHUNK_LOGITS // self.policy.config.get_text_config().vocab_size)
         chunks = list(zip(batch.targets.split(size), *(x.split(size) for x in states)))
         if len(chunks) > 1 and torch.is_grad_enabled():
-            read_chunk = functools.partial(checkpoint, read_chunk, use_reentrant=False)
+            read_chunk = functools.partial(checkpoint, read_chunk, use_reentrant=False, preserve_rng_state=False)
         values = [torch.cat(parts) for parts in zip(*itertools.starmap(read_chunk, chunks))]  # (N,) each
-        return [value.new_zeros(len(batch.ends)).index_add(0, batch.owners, value).view(batch.num_responses, -1)
+        return [value.new_zeros(len(batch.ends)).index_add(0, batch.owners, value).view(-1, len(batch.examples))
                 for value in values]
 
     def distribution_losses(self, batch, loss):
@@ -596,11 +615,11 @@ class Trainer:
     def describe_failure(self, metrics, batches):
         bad = []
         with torch.no_grad():
-            for examples, layout in batches:
-                finite = self.losses(examples, layout)[0].isfinite().tolist()
-                bad += [example.where for example, fine in zip(examples, finite) if not fine]
+            for batch in batches:
+                finite = self.losses(batch)[0].isfinite().tolist()
+                bad += [example.where for example, fine in zip(batch.examples, finite) if not fine]
         what = "the examples whose loss is not finite" if bad else "each example's loss is finite; the batch"
-        bad = bad or [example.where for examples, _ in batches for example in examples]
+        bad = bad or [example.where for batch in batches for example in batch.examples]
         numbers = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
         saved = "nothing is saved yet" if self.saved_step is None else f"step {self.saved_step} is saved"
         return (f"step {self.step + 1}: {numbers}; {what}: {', '.join(bad)}. The weights were not touched, "
@@ -612,7 +631,8 @@ class Trainer:
     def evaluate(self):
         """Metrics over the held-out examples, then samples; changes neither weights nor random state."""
         self.policy.eval()
-        means = self.accumulate(self.eval_batches(self.eval_examples), self.denominator(self.eval_examples))
+        batches = self.eval_batches(self.eval_examples, "evaluating")
+        means = self.accumulate(batches, self.denominator(self.eval_examples))
         metrics = {name: value.item() for name, value in means.items()}
         if self.sample_examples:
             metrics |= self.sample()
@@ -621,12 +641,24 @@ class Trainer:
         self.log("eval", metrics)  # last: a resumed run takes this line as the sign that all was written
         self.evaluated_steps.add(self.step)
 
-    def eval_batches(self, examples):
-        parts = math.ceil(len(examples) / self.config.eval_batch_size)
-        return self.microbatches(examples, parts)
+    def eval_cuts(self, examples):
+        return self.cut(examples, math.ceil(len(examples) / self.config.eval_batch_size))
 
-    def microbatches(self, examples, parts):
-        return microbatches(examples, parts, self.config.max_tokens_per_microbatch, self.layouts)
+    def eval_batches(self, examples, title):
+        """Batches without a backward, one by one, with a bar; raises Stopped between them."""
+        for cut in tqdm(self.eval_cuts(examples), desc=title, unit="batch", leave=False, disable=None):
+            self.check_stop()
+            yield self.collate(*cut)
+
+    def cut(self, examples, parts):
+        """data.microbatches of this run; the token budget, unless set, suits the caches of a CPU or fills a GPU."""
+        budget = 2**14 if self.policy.device.type == "cuda" else (
+            2**11 if self.config.compute_dtype == "bfloat16" else 2**10)
+        return microbatches(examples, parts, self.config.max_tokens_per_microbatch or budget, self.layouts)
+
+    def collate(self, examples, layout):
+        dtype = torch.promote_types(self.policy.dtype, torch.float32)
+        return collate(examples, dtype, layout).to(self.policy.device)
 
     def sample(self):
         """Answers of policy and reference to the same prompts; prints and writes num_samples of them.
@@ -708,9 +740,7 @@ class Trainer:
     def sample_kl(self, samples):
         """Mean over samples of log pi - log ref on the sampled ids, in nats, clipped below at 0."""
         total = 0.0
-        for examples, layout in self.eval_batches(self.with_responses(samples)):
-            self.check_stop()
-            batch = collate(examples, layout=layout).to(self.policy.device)
+        for batch in self.eval_batches(self.with_responses(samples), "KL"):
             ratios = self.response_logps(self.policy, batch) - self.response_logps(self.reference, batch)
             total += ratios.double().sum().item()
         return max(0.0, total / len(samples))
@@ -766,7 +796,9 @@ class Trainer:
                 input_ids = pad_sequence(prompts, True, pad, "left").to(model.device)
                 mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, "left")
                 noise = SeededSampling([seeds[i] for i in batch], **sampling)
-                with self.autocast():
+                eager = torch.compiler.set_stance("force_eager") if self.config.compile else (
+                    contextlib.nullcontext())  # or it would compile for each new length of the cache
+                with self.autocast(), eager:
                     output = model.generate(input_ids, attention_mask=mask.to(model.device),
                                             max_new_tokens=rooms[batch[0]], logits_processor=[noise])
                 responses = output[:, input_ids.shape[1]:].tolist()
@@ -782,12 +814,10 @@ class Trainer:
     @torch.no_grad()
     def score(self, examples, what):
         """The reward model's scores of examples' responses: lists of floats, in the examples' order."""
-        scores, batches = {}, self.eval_batches(examples)
-        for examples, layout in tqdm(batches, desc=f"scoring {what}", unit="batch", leave=False, disable=None):
-            self.check_stop()
-            batch = collate(examples, layout=layout).to(self.reward_model.device)
+        scores = {}
+        for batch in self.eval_batches(examples, f"scoring {what}"):
             values = self.response_scores(self.reward_model, batch)
-            scores |= {id(example): row for example, row in zip(examples, values.T.tolist())}
+            scores |= {id(example): row for example, row in zip(batch.examples, values.T.tolist())}
         return [scores[id(example)] for example in examples]
 
     def fill_in_rewards(self):
@@ -824,17 +854,18 @@ class Trainer:
             return
         cached = True
         for start in range(0, len(self.data_examples), 10_000):
-            part = self.data_examples[start:start + 10_000]
-            cached &= self.fill_in_part(part, self.microbatches(part, 1), "")
+            cached &= self.fill_in_part(self.data_examples[start:start + 10_000])
         if self.eval_examples:
-            batches = self.eval_batches(self.eval_examples)
-            shapes = [(len(examples), layout.shared) for examples, layout in batches]
-            cached &= self.fill_in_part(self.eval_examples, batches, repr(shapes))
+            cuts = [(len(part), layout.shared) for part, layout in self.eval_cuts(self.eval_examples)]
+            cached &= self.fill_in_part(self.eval_examples, repr(cuts))
         tqdm.write("reference log-probabilities " + ("from the cache" if cached else "computed"))
         self.reference.to("meta")
 
-    def fill_in_part(self, examples, batches, how):
-        """Puts reference log-probabilities into the examples' columns; returns whether the cache had them."""
+    def fill_in_part(self, examples, how=""):
+        """Puts reference log-probabilities into the examples' columns; returns whether the cache had them.
+
+        how: what else the numbers depend on, to the last bit.
+        """
         digest = hashlib.sha256(repr([self.fingerprints["reference"], self.config.dtype,
                                       self.config.compute_dtype, how]).encode())
         for example in examples:
@@ -848,11 +879,9 @@ class Trainer:
             rows = dict(zip(map(id, examples), logps.tolist()))
         else:
             rows = {}
-            for part, layout in tqdm(batches, desc="reference", unit="batch", leave=False, disable=None):
-                self.check_stop()
-                batch = collate([dataclasses.replace(example, columns={}) for example in part], layout=layout)
-                values = self.response_logps(self.reference, batch.to(self.policy.device))
-                rows |= dict(zip(map(id, part), values.T.tolist()))
+            for batch in self.eval_batches(examples, "reference"):
+                values = self.response_logps(self.reference, batch)
+                rows |= dict(zip(map(id, batch.examples), values.T.tolist()))
             os.makedirs(folder, exist_ok=True)
             write_checked(path, torch.tensor([rows[id(example)] for example in examples], dtype=torch.float64))
         for example in examples:
@@ -928,7 +957,8 @@ class Trainer:
                     num_equal += 1
                     continue
                 self.train_examples.append(dataclasses.replace(
-                    example, responses=(example.responses[0], np.array(answers[row], np.int32))))
+                    example, responses=(example.responses[0], np.array(answers[row], np.int32)),
+                    columns={"finished": float(answers[row][-1] in self.end_ids)}))
         tqdm.write(f"iteration {self.iteration}: {len(self.train_examples):,} pairs, {num_equal:,} dropped "
                    "whose answer equals the data's response")
 
@@ -1069,34 +1099,61 @@ class SeededSampling(LogitsProcessor):
         return scores - noise.log().to(scores.device)
 
 
+def decoder_of(model):
+    """A causal language model without its head."""
+    decoder = model.get_decoder()
+    if decoder is model:  # as Llama 4's text model says
+        decoder = next(child for child in model.children() if isinstance(child, PreTrainedModel))
+    return decoder
+
+
+def compile_layers(model):
+    """Compiles each decoder layer for any shape. Raises InputError where transformers marks no layers."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(f"compile=true: {model.config.model_type} has no layers that can be compiled one by "
+                         "one: leave it out")
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def keep_freed_memory():
+    """Tells glibc to keep what a step frees for the next: to give it back and fault it in again takes a tenth of
+    the time of a step on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def model_inputs(batch):
     """A Batch as keyword arguments of a decoder. Padding is on the right, where causal attention never looks."""
     options = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.branches is not None:  # with a mask of ones transformers looks for no packing of its own
+    if batch.segments is not None:  # with a mask of ones transformers looks for no packing of its own
         options |= {"position_ids": batch.positions, "attention_mask": torch.ones_like(batch.input_ids)}
     return options
 
 
 @contextlib.contextmanager
-def branch_attention(model, batch):
-    """While it lasts, a token of the model sees only its prompt and its own response, by its own rule.
+def shared_attention(model, batch):
+    """While it lasts, a token of a shared row sees only its prompt and its own response, by the model's rule.
 
-    The rule (causal, a sliding window, ...) is the model's, asked with the positions in the response's sequence.
+    The rule (causal, a sliding window, ...) is asked with the positions in the response's own sequence.
     """
-    if batch.branches is None:
+    if batch.segments is None:
         yield
         return
-    name, branches, positions = model.config._attn_implementation, batch.branches, batch.positions
+    name, segments, prompts, positions = (
+        model.config._attn_implementation, batch.segments, batch.prompts, batch.positions)
     make_mask = MASKS[name]
 
-    def make_branch_mask(*arguments, mask_function, attention_mask=None, **options):
+    def make_shared_mask(*arguments, mask_function, attention_mask=None, **options):
         def allowed(b, h, q, k):
-            seen = (branches[b, k] == 0) | (branches[b, k] == branches[b, q])
+            seen = (segments[b, k] == segments[b, q]) | (segments[b, k] == prompts[b, q])
             return seen & mask_function(b, h, positions[b, q], positions[b, k])
         return make_mask(*arguments, mask_function=allowed, attention_mask=None,
                          **options | {"allow_is_causal_skip": False})
 
-    MASKS[name] = make_branch_mask
+    MASKS[name] = make_shared_mask
     try:
         yield
     finally:
@@ -1113,7 +1170,7 @@ def run_head(model, states, hidden):
     Whatever a model does after its decoder (Gemma 2 caps, Cohere and Granite scale) is done here too.
     """
     states.last_hidden_state = hidden[None]
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     decoder.forward = lambda *arguments, **options: states
     try:
         return model(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long), use_cache=False).logits[0]

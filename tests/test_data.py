@@ -528,7 +528,7 @@ def example(prompt, *responses, **columns):
 
 def test_collate_as_its_docstring_says():
     batch = data.collate([example([5, 6], [7, 1], [8, 9, 1], chosen_reward=2.5)])
-    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 0], [5, 6, 8, 9, 1]] and batch.branches is None
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 0], [5, 6, 8, 9, 1]] and batch.segments is None
     assert batch.states.tolist() == [1, 2, 6, 7, 8] and batch.targets.tolist() == [7, 1, 8, 9, 1]
     assert batch.owners.tolist() == [0, 0, 1, 1, 1] and batch.ends.tolist() == [3, 9]
     assert {name: column.tolist() for name, column in batch.columns.items()} == {
@@ -536,14 +536,16 @@ def test_collate_as_its_docstring_says():
 
 
 def test_collate_with_shared_prompts_as_its_docstring_says():
-    pair = example([5, 6], [7, 1], [8, 9, 1])
-    batch = data.collate([pair, example([4], [3], [2])], layout=data.Layout(shared=True))
-    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 8, 9, 1], [4, 3, 2, 0, 0, 0, 0]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 1, 0, 0, 0, 0]]
-    assert batch.branches.tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 2, -1, -1, -1, -1]]
-    # chosen of both, then rejected of both; the last prompt token predicts each first one
-    assert batch.states.tolist() == [1, 2, 7, 1, 4, 5, 7] and batch.targets.tolist() == [7, 1, 3, 8, 9, 1, 2]
-    assert batch.owners.tolist() == [0, 0, 1, 2, 2, 2, 3] and batch.ends.tolist() == [3, 8, 6, 9]
+    pair, short = example([5, 6], [7, 1], [8, 9, 1]), example([4], [3], [2])
+    batch = data.collate([pair, short, short], layout=data.Layout(shared=True))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 8, 9, 1], [4, 3, 2, 4, 3, 2, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 1, 0, 1, 1, 0]]
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 3, 4, 5, -1]]
+    assert batch.prompts.tolist() == [[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 3, 3, 3, -1]]
+    # chosen of all, then rejected of all; the last prompt token predicts each first one
+    assert batch.states.tolist() == [1, 2, 7, 10, 1, 4, 5, 7, 10]
+    assert batch.targets.tolist() == [7, 1, 3, 3, 8, 9, 1, 2, 2]
+    assert batch.owners.tolist() == [0, 0, 1, 2, 3, 3, 3, 4, 5] and batch.ends.tolist() == [3, 8, 11, 6, 9, 12]
 
 
 def test_each_microbatch_has_the_cheaper_layout():
@@ -553,14 +555,24 @@ def test_each_microbatch_has_the_cheaper_layout():
     for pair, shared in ((long_prompt, True), (long_answers, False)):
         (examples, layout), = data.microbatches([pair, pair], 1, 10**6, layouts)
         assert len(examples) == 2 and layout.shared is shared
-    # 2 rows of 95: 2 * 95 * (100 + 95); one of 100: 100 * (100 + 200)
-    assert [layout.cost(long_prompt, layout.width(long_prompt)) for layout in layouts] == [37050, 30000]
+    # a token of 2 rows of 95, of 100: 2 * 95 * (100 + 95) / 100; of one row of 100: 100 + 200
+    assert [layout.cost([long_prompt], [[0]]) for layout in layouts] == [370.5, 300]
+
+
+def test_short_examples_share_a_row_where_they_fit():
+    """Of widths 10, 6, 5, 4, 4, 3 in rows of 10: 10; 6 + 4; 5 + 4; and the last would be a row beyond the budget."""
+    examples = [example([1] * (n - 2), [2], [3]) for n in (10, 6, 5, 4, 4, 3)]
+    shared = data.Layout(shared=True)
+    assert shared.rows(examples, 39) == [[0], [1, 3], [2, 4]] and shared.rows(examples, 40)[3:] == [[5]]
+    assert shared.rows(examples, 9) == [[0]]
+    # apart, a pair of these is two rows: of 9 and 9 tokens, of 5 and 5
+    assert data.SEPARATE.rows(examples, 36) == [[0], [1]] and data.SEPARATE.rows(examples, 35) == [[0]]
 
 
 def test_collate_puts_all_chosen_before_all_rejected():
     batch = data.collate([example([1], [2], [3]), example([4], [5], [6])])
     assert batch.input_ids.tolist() == [[1, 2], [4, 5], [1, 3], [4, 6]]
-    assert batch.num_responses == 2
+    assert batch.examples[1].prompt.tolist() == [4]
 
 
 def test_microbatches_hold_every_example_once_under_the_budget():

@@ -20,7 +20,7 @@ from transformers import (CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequ
 
 import train
 import trainers
-from data import SEPARATE, Example, InputError, Layout, collate
+from data import Example, InputError, Layout, collate
 from losses import OBJECTIVES
 
 UNREPEATABLE = ("split", "time", "examples_per_second", "tokens_per_second")
@@ -79,7 +79,8 @@ def obvious_losses(name, model, reference, example):
 def test_trajectory_matches_the_obvious_implementation(name, dtype, tolerance, sft_run):
     """Five steps: losses, every gradient, clipping, warmup and RMSprop, against float64."""
     block = [f"{name}.beta=0.5"] if f"{name}.beta" in train.read_schema()[0] else []
-    block += needed(name, sft_run) + ([os.environ["LAY"]] if "LAY" in os.environ else [])
+    # transformers' RMSNorm is float32 in float64 models too, so shared rows differ by 3e-8 of a gradient there
+    block += [*needed(name, sft_run), "layout=separate" if dtype == "float64" else "layout=shared"]
     trainer = make_trainer(f"loss={name}", *block, f"dtype={dtype}", f"compute_dtype={dtype}", "max_steps=5",
                            "max_grad_norm=0.5", "lr=1e-5", "warmup_steps=2", "lr_schedule=constant",
                            "max_tokens_per_microbatch=100", f"model={sft_run}/LATEST")
@@ -104,12 +105,13 @@ def test_trajectory_matches_the_obvious_implementation(name, dtype, tolerance, s
             p.grad *= min(1, 0.5 / (norm + 1e-6))  # torch's clip_grad_norm_ adds 1e-6
 
         metrics = trainer.train_step()
-        assert metrics["loss"] == pytest.approx(loss.item(), abs=tolerance, rel=tolerance)
+        # float32 weights drift apart by rounding, which RMSprop divides by small gradients
+        drift = tolerance * (1 if name == "dpo" or dtype == "float64" else 3)
+        assert metrics["loss"] == pytest.approx(loss.item(), abs=drift, rel=drift)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=max(3 * tolerance, 1e-9))
         for p, ours in zip(model.parameters(), trainer.policy.parameters()):
             difference = (ours.grad.double() - p.grad).abs().max()
-            # float32 weights drift apart by rounding, which RMSprop divides by small gradients
-            assert difference <= tolerance * p.grad.abs().max() * (1 if name == "dpo" or dtype == "float64" else 3)
+            assert difference <= drift * p.grad.abs().max()
 
         rate = 1e-5 * min(1, (step + 1) / 3)
         assert metrics["lr"] == rate
@@ -146,7 +148,7 @@ def test_sft_averages_tokens_or_examples():
     examples = by_tokens.train_examples[:4]
     logps = [obvious_logp(by_tokens.policy, example, example.responses[0]).item() for example in examples]
     for trainer, count in ((by_tokens, sum(len(e.responses[0]) for e in examples)), (by_examples, 4)):
-        means = trainer.accumulate([(examples, SEPARATE)], trainer.denominator(examples))
+        means = trainer.accumulate([collate(examples)], trainer.denominator(examples))
         assert means["loss"].item() == pytest.approx(-sum(logps) / count, rel=1e-5)
 
 
@@ -160,16 +162,28 @@ def test_bfloat16_computes_on_float32_weights():
     assert trainer.train_step()["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+FAMILIES = {  # where a window is possible, of 8 tokens
+    "llama": {}, "gpt2": {}, "gpt_neox": {}, "opt": {}, "qwen2": {}, "qwen3": {}, "olmo2": {}, "cohere": {},
+    "mistral": {"sliding_window": 8}, "gemma2": {"sliding_window": 8}, "gemma3_text": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8}, "gpt_oss": {"sliding_window": 8}, "mixtral": {"sliding_window": 8},
+    "llama4_text": {"attention_chunk_size": 8, "intermediate_size_mlp": 48}}
+
+
 def tiny_of(model_type, **more):
     """A small random causal model of a family, without its special defaults for size."""
+    more = FAMILIES.get(model_type, {}) | more
     size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    if model_type not in ("gpt2", "bloom", "mpt", "gpt_neo", "mamba"):
+    if model_type == "opt":
+        size |= {"word_embed_proj_dim": 32, "ffn_dim": 48, "init_std": 0.3}
+    elif model_type not in ("gpt2", "bloom", "mpt", "gpt_neo", "mamba"):
         size |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
     if model_type == "gpt_neo":
         size |= {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}
         del size["num_hidden_layers"], size["num_attention_heads"]
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**size | {"initializer_range": 0.3} | more)
+    for name in [name for name in vars(config) if "drop" in name and isinstance(getattr(config, name), float)]:
+        setattr(config, name, 0.0)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -179,25 +193,40 @@ def random_pairs(vocab_size=60):
             for p, *lengths in ((12, 9, 14), (5, 20, 3), (16, 4, 4), (1, 1, 2))]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text",
-                                        "phi3", "olmo2", "cohere", "gpt_oss", "mixtral"])
-def test_both_layouts_agree(model_type):
-    """Log-probabilities and gradients; a window of 8 tokens where the family has one."""
-    more = {"sliding_window": 8} if model_type in ("mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss", "mixtral") else {}
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_both_layouts_agree_with_the_plain_model(model_type):
+    """Log-probabilities and gradients, the last in one row with another, against each sequence padded on the left
+    and run by the model as transformers has it; activation checkpointing too."""
     trainer = make_trainer("loss=dpo", "max_steps=0")
-    trainer.policy = tiny_of(model_type, **more)
+    model = trainer.policy = tiny_of(model_type)
     pairs, logps, gradients = random_pairs(), [], []
     weights = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
-    for shared in (False, True):
-        trainer.policy.zero_grad()
-        values = trainer.response_logps(trainer.policy, collate(pairs, layout=Layout(shared)))
+
+    def add(values):
+        model.zero_grad()
         (values * weights).sum().backward()
         logps.append(values.detach())
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None]))
-    apart = [trainer.response_logps(trainer.policy, collate([pair])).detach() for pair in pairs]
-    assert torch.allclose(logps[0], torch.cat(apart, 1), rtol=1e-5, atol=1e-5)
-    assert torch.allclose(logps[0], logps[1], rtol=1e-6, atol=1e-5) and logps[0].std() > 1
-    assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[0].abs().max()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+    rows = [np.append(pair.prompt, pair.responses[k]) for k in (0, 1) for pair in pairs]
+    ids, mask = torch.zeros(2, 8, 32, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, -len(row):], mask[i, -len(row):] = torch.from_numpy(row), 1
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                   use_cache=False).logits.log_softmax(-1)
+    lengths = [len(pair.responses[k]) for k in (0, 1) for pair in pairs]
+    add(torch.stack([logits[i, -n - 1:-1].gather(1, ids[i, -n:, None]).sum() for i, n in enumerate(lengths)]).view(2, 4))
+    batches = [collate(pairs, layout=Layout(shared)) for shared in (False, True)]
+    assert batches[1].input_ids.shape == (3, 35)  # 16 + 4 + 4, and 1 + 1 + 2, share the row of 28 or are the third
+    for batch in batches:
+        add(trainer.response_logps(model, batch))
+    if model.supports_gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        add(trainer.response_logps(model, batches[1]))
+    for values, gradient in zip(logps[1:], gradients[1:]):
+        assert torch.allclose(values, logps[0], rtol=1e-6, atol=1e-5) and values.std() > 1
+        assert (gradient - gradients[0]).abs().max() <= 1e-5 * gradients[0].abs().max()
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "mpt", "gpt_neo", "mamba"])
@@ -307,7 +336,7 @@ def test_every_held_out_example_counts_once(count, batch):
     trainer.train_step()
     trainer.evaluate()
     line = read_lines(f"{trainer.config.run_dir}/metrics.jsonl")[-1]
-    values = [trainer.losses([example]) for example in trainer.eval_examples]
+    values = [trainer.losses(collate([example])) for example in trainer.eval_examples]
     assert len(values) == count
     assert line["loss"] == pytest.approx(sum(loss.item() for loss, _ in values) / count, rel=1e-5)
     for name in ("rewards/chosen", "rewards/accuracies", "logps/rejected"):
@@ -323,7 +352,7 @@ def run_folder(inside):
 
 def test_evaluation_at_step_0_has_reward_exactly_0():
     trainer = make_trainer("loss=dpo", "num_eval_examples=50", "max_tokens_per_microbatch=500")
-    means = trainer.accumulate(trainer.microbatches(trainer.eval_examples, 1), 50)
+    means = trainer.accumulate(trainer.eval_batches(trainer.eval_examples, ""), 50)
     assert means["rewards/chosen"].item() == means["rewards/margins"].item() == 0.0
     assert means["loss"].item() == pytest.approx(math.log(2), abs=1e-7)
 
@@ -816,13 +845,6 @@ def test_the_head_by_itself_is_the_models_own(model_type):
     parts = torch.cat([trainers.run_head(model, states, part) for part in hidden.split(4)])
     assert torch.allclose(parts, expected, atol=1e-5) and expected.std() > 0.05
     assert "forward" not in vars(model.get_decoder())
-
-
-def test_a_head_that_cannot_be_told_apart_is_refused(sft_run, monkeypatch):
-    trainer = make_trainer("loss=kd", f"model={sft_run}/LATEST", f"reference={sft_run}/LATEST")
-    monkeypatch.setattr(trainer.policy, "get_decoder", lambda: trainer.policy)
-    with pytest.raises(InputError, match="llama names no decoder apart from its head, which loss=kd needs"):
-        trainer.train_step()
 
 
 def test_the_steps_of_iterations_to_come():
