@@ -661,8 +661,8 @@ def epoch_order(num_rows, seed, epoch, shuffle):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a microbatch is laid in rows, all as wide as the widest: each response after a prompt of its own; or
-    shared, examples one after another as they fit, each [prompt | chosen | rejected].
+    """How a microbatch is laid in rows, all as wide as the widest: each response after a prompt of its own;
+    or shared, examples one after another as they fit, each [prompt | chosen | rejected].
 
     A row of T tokens costs T (linear + quadratic T).
     """
@@ -706,8 +706,8 @@ SEPARATE = Layout(shared=False)
 def microbatches(examples, parts, max_tokens, layouts=(SEPARATE,)):
     """Cuts examples, longest first, into `parts` nearly equal parts, and these by a budget of tokens.
 
-    The budget counts padding; an example beyond it goes alone. Each microbatch gets the cheapest of the layouts.
-    Returns (examples, layout) pairs.
+    The budget counts padding; an example beyond it goes alone. Each microbatch gets the cheapest of the
+    layouts. Returns (examples, layout) pairs.
     """
     ordered = sorted(examples, key=layouts[-1].width, reverse=True)
     batches = []
@@ -727,9 +727,9 @@ class Batch:
     """Tensors of B examples with K responses each, laid in R rows of T tokens, padded on the right.
 
     input_ids, positions: (R, T) int64; a token's position is that in its prompt with its own response.
-    segments: (R, T) int64, a number for each prompt and each response, -1 for padding. prompts: (R, T) int64, the
-    segment of each token's prompt. A token sees its own segment and its prompt. Both are None where each row is
-    one response, which a causal model sees so by itself.
+    segments: (R, T) int64, a number for each prompt and each response, -1 for padding.
+    prompts: (R, T) int64, the segment of each token's prompt: a token sees that and its own segment. Both are
+    None where each row is one response, which a causal model sees so by itself.
     states: (N,) int64, for each of N response tokens the place in R * T of the token that predicts it.
     targets: (N,) int64, those tokens. owners: (N,) int64, their responses, k * B + b.
     ends: (K * B,) int64, the place of each response's last token. columns: name -> (B,) float.

@@ -203,7 +203,9 @@ def load_yaml(text, what):
 
 def parse(text, rule):
     """A command line's value: YAML, but text as it stands where text is allowed."""
-    if "str" in rule.split() and text != "null" and not ("list" in rule and text.startswith("[")):
+    words = rule.split()
+    literal = text == "null" or "bool" in words and text in ("true", "false")
+    if "str" in words and not literal and not ("list" in words and text.startswith("[")):
         return text
     return load_yaml(text, repr(text))
 
@@ -322,8 +324,8 @@ def check_config(config):
     if config.attention == "flex_attention" and not torch.cuda.is_available():
         raise InputError("attention=flex_attention has no backward on a CPU: choose sdpa or eager")
     if config.compile and not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError("compile=true needs a C++ compiler on a CPU, and there is no g++: install one, or leave "
-                         "it out")
+        raise InputError("compile=true needs a C++ compiler on a CPU, and there is no g++: install one, or "
+                         "leave it out")
     parent = config.run_dir
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -120,7 +121,7 @@ def load_model(path, model_config, config, tokenizer, head=None):
     check_causal(model, path)
     if config.activation_checkpointing:
         with refusing(f"the model {path} with activation_checkpointing"):
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -292,8 +293,9 @@ class Trainer:
         """
         if self.config.layout == "separate":
             return (SEPARATE,)
-        models = filter(None, (self.policy, self.reference))
-        reason = next(filter(None, map(self.why_not_shared, models)), None)
+        read = self.response_scores if self.objective.inputs == "scores" else self.response_logps
+        models = [(self.policy, read), (self.reference, read), (self.reward_model, self.response_scores)]
+        reason = next(filter(None, (self.why_not_shared(*pair) for pair in models if pair[0])), None)
         if reason and self.config.layout == "shared":
             raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
         if reason:
@@ -310,18 +312,19 @@ class Trainer:
         return (shared,) if self.config.layout == "shared" else (Layout(False, linear, attention), shared)
 
     @torch.no_grad()
-    def why_not_shared(self, model):
-        """Why shared rows would give this model other numbers than separate ones, or None: tried on real rows.
+    def why_not_shared(self, model, read):
+        """Why shared rows give this model other numbers than separate ones, or None: tried on real examples.
 
-        The log-probabilities must agree, and those of one response must not move with another one's tokens: on
-        the longest example in one row, the two shortest in another, if they fit.
+        The log-probabilities must agree, and those of one response must not move with another one's tokens:
+        of the longest example in a row of its own, and of the two shortest, together in one if they fit.
         """
+        def backwards(example, k):
+            responses = list(example.responses)[:1] + [example.responses[-1]]
+            responses[k] = responses[k][::-1].copy()
+            return dataclasses.replace(example, responses=tuple(responses), columns={})
         ordered = sorted(self.data_examples, key=lambda example: example.num_tokens)
-        pairs = [dataclasses.replace(example, columns={}, responses=(
-            example.responses[0], example.responses[-1][::-1].copy())) for example in (ordered[-1], *ordered[:2])]
-        others = [dataclasses.replace(pair, responses=(pair.responses[0][::-1].copy(), pair.responses[1]))
-                  for pair in pairs[:2]] + pairs[2:]
-        read = self.response_scores if self.objective.inputs == "scores" else self.response_logps
+        pairs = [backwards(example, 1) for example in (ordered[-1], *ordered[:2])]
+        others = [backwards(pair, 0) for pair in pairs[:2]] + pairs[2:]
         model.eval()
         try:
             apart, together, moved = (
@@ -331,12 +334,13 @@ class Trainer:
             return f"which does not take shared prompts: {first_line(error)}"
         finally:
             model.train(model is self.policy)
-        error = ((together - apart).abs() / apart.abs().clamp(min=1)).max().item()
-        if not error < (0.05 if torch.bfloat16 in (model.dtype, getattr(torch, self.config.compute_dtype)) else 1e-4):
+        scale, tolerance = apart.abs().clamp(min=1), 0.05 if self.config.compute_dtype == "bfloat16" else 1e-4
+        error = ((together - apart).abs() / scale).max().item()
+        if not error < tolerance:
             return f"whose log-probabilities in shared rows are off by {error:.1e}"
-        change = (together - moved).abs()
+        change = (together - moved).abs() / scale
         leak = max(change[1].max().item(), change[:, 2:].amax(0).sum().item())
-        return f"in which one response sees the other (by {leak:.1e} nats)" if leak > 1e-5 else None
+        return f"in which one response sees another (by {leak:.1e})" if leak > tolerance / 10 else None
 
     def setting(self, name, default=None, loss=None):
         """A key of the loss's config block; of a list with a value per iteration, this iteration's."""
@@ -560,7 +564,8 @@ class Trainer:
     def response_scores(self, model, batch):
         """A reward model's scores (K, B) of a Batch's responses: its head at each one's last token."""
         with self.autocast(), shared_attention(model, batch):
-            hidden = as_float(model.base_model(**model_inputs(batch))[0].flatten(0, 1)[batch.ends])  # (K * B, D)
+            states = model.base_model(**model_inputs(batch))[0]
+        hidden = as_float(states.flatten(0, 1)[batch.ends])  # (K * B, D)
         head = model.score  # in float32, for of bfloat16 scores many would be equal
         scores = F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
         return scores.view(-1, len(batch.examples))
@@ -568,8 +573,8 @@ class Trainer:
     def sum_over_tokens(self, models, batch, read):
         """Sums over each response's tokens, (K, B), of what `read` makes of the models' logits there.
 
-        read(logits (n, V) of each model ..., targets (n,)) -> tensors (n,). The (N, V) logits never exist whole:
-        they are made in chunks of tokens, again in the backward.
+        read(logits (n, V) of each model ..., targets (n,)) -> tensors (n,). Of many logits (N, V) only those
+        of a chunk of tokens exist at once: made when they are read, and again in the backward.
         """
         outputs = []
         for model in models:
@@ -583,18 +588,20 @@ class Trainer:
                 with self.autocast(), self.gradients(model):
                     logits.append(as_float(run_head(model, output, part)))
             width = min(x.shape[-1] for x in logits)  # embeddings are padded beyond the tokens that all have
-            return read(*(x[:, :width] for x in logits), targets)
+            return tuple(read(*(x if x.shape[-1] == width else x[:, :width] for x in logits), targets))
 
         size = max(1, CHUNK_LOGITS // self.policy.config.get_text_config().vocab_size)
         chunks = list(zip(batch.targets.split(size), *(x.split(size) for x in states)))
         if len(chunks) > 1 and torch.is_grad_enabled():
-            read_chunk = functools.partial(checkpoint, read_chunk, use_reentrant=False, preserve_rng_state=False)
+            # reentrant: each chunk adds its (V, D) gradient in place
+            read_chunk = functools.partial(checkpoint, read_chunk, use_reentrant=True,
+                                           preserve_rng_state=False)
         values = [torch.cat(parts) for parts in zip(*itertools.starmap(read_chunk, chunks))]  # (N,) each
-        return [value.new_zeros(len(batch.ends)).index_add(0, batch.owners, value).view(-1, len(batch.examples))
-                for value in values]
+        sums = [value.new_zeros(len(batch.ends)).index_add(0, batch.owners, value) for value in values]
+        return [x.view(-1, len(batch.examples)) for x in sums]
 
     def distribution_losses(self, batch, loss):
-        """A loss of both models' logits at each response token, summed by response: losses (B,) and metrics."""
+        """A loss of both models' logits at each response token, summed by response: losses (B,), metrics."""
         names = []
 
         def read(*logits_and_targets):
@@ -651,7 +658,7 @@ class Trainer:
             yield self.collate(*cut)
 
     def cut(self, examples, parts):
-        """data.microbatches of this run; the token budget, unless set, suits the caches of a CPU or fills a GPU."""
+        """data.microbatches of this run; unless set, the token budget suits a CPU's caches or fills a GPU."""
         budget = 2**14 if self.policy.device.type == "cuda" else (
             2**11 if self.config.compute_dtype == "bfloat16" else 2**10)
         return microbatches(examples, parts, self.config.max_tokens_per_microbatch or budget, self.layouts)
@@ -844,49 +851,62 @@ class Trainer:
 
     @torch.no_grad()
     def fill_in_reference(self):
-        """Computes the reference's log-probabilities of every response once; then the model leaves the memory.
+        """Computes the reference's log-probabilities of every response once; then it leaves the memory.
 
-        They are kept in files of at most 10,000 examples, under a key of all that decides them. Evaluation's come
-        from the very microbatches that it will use, so that rewards at step 0 are exactly 0.
+        They are kept in files of at most 10,000 examples, under a key of all that decides them. Evaluation's
+        come from the very microbatches that it will use, so that rewards at step 0 are exactly 0.
         """
-        if not self.objective.needs_reference or self.objective.inputs != "logps" or self.objective.self_play \
-                or not self.config.reference_cache:
+        objective = self.objective
+        if not (objective.needs_reference and objective.inputs == "logps" and self.config.reference_cache
+                and not objective.self_play):
             return
-        cached = True
+        started, found = time.monotonic(), 0
         for start in range(0, len(self.data_examples), 10_000):
-            cached &= self.fill_in_part(self.data_examples[start:start + 10_000])
+            found += self.fill_in_part(self.data_examples[start:start + 10_000])
         if self.eval_examples:
             cuts = [(len(part), layout.shared) for part, layout in self.eval_cuts(self.eval_examples)]
-            cached &= self.fill_in_part(self.eval_examples, repr(cuts))
-        tqdm.write("reference log-probabilities " + ("from the cache" if cached else "computed"))
+            found += self.fill_in_part(self.eval_examples, repr(cuts))
+        total = len(self.data_examples) + len(self.eval_examples)
+        tqdm.write(f"reference  log-probabilities of {found:,} rows read from {self.cache_folder}, of "
+                   f"{total - found:,} computed, {time.monotonic() - started:.1f} s")
         self.reference.to("meta")
 
-    def fill_in_part(self, examples, how=""):
-        """Puts reference log-probabilities into the examples' columns; returns whether the cache had them.
+    @property
+    def cache_folder(self):
+        folder = self.config.reference_cache
+        return os.path.join("runs", "reference_cache") if folder is True else folder
 
-        how: what else the numbers depend on, to the last bit.
+    def fill_in_part(self, examples, how=""):
+        """Puts reference log-probabilities into the examples' columns; returns how many the cache had.
+
+        how: what else the numbers depend on, to the last bit. Raises InputError if they cannot be kept.
         """
-        digest = hashlib.sha256(repr([self.fingerprints["reference"], self.config.dtype,
-                                      self.config.compute_dtype, how]).encode())
+        unread = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+        settings = {k: v for k, v in self.reference.config.to_dict().items() if k not in unread}
+        digest = hashlib.sha256(repr([self.fingerprints["reference"], sorted(settings.items()),
+                                      self.config.dtype, self.config.compute_dtype, how]).encode())
         for example in examples:
             for ids in (example.prompt, *example.responses):
                 digest.update(len(ids).to_bytes(4) + ids.tobytes())
-        folder = self.config.reference_cache
-        folder = os.path.join("runs", "reference_cache") if folder is True else folder
-        path = os.path.join(folder, digest.hexdigest() + ".safetensors")
+        path = os.path.join(self.cache_folder, digest.hexdigest() + ".safetensors")
         logps = read_checked(path, (len(examples), len(examples[0].responses)))
-        if found := logps is not None:
+        if logps is not None:
             rows = dict(zip(map(id, examples), logps.tolist()))
         else:
             rows = {}
             for batch in self.eval_batches(examples, "reference"):
                 values = self.response_logps(self.reference, batch)
                 rows |= dict(zip(map(id, batch.examples), values.T.tolist()))
-            os.makedirs(folder, exist_ok=True)
-            write_checked(path, torch.tensor([rows[id(example)] for example in examples], dtype=torch.float64))
+            values = torch.tensor([rows[id(example)] for example in examples], dtype=torch.float64)
+            try:
+                os.makedirs(self.cache_folder, exist_ok=True)
+                write_checked(path, values)
+            except OSError as error:
+                raise InputError(f"reference_cache={self.cache_folder} cannot be written, {error.strerror}: "
+                                 "name another folder, or set it to false") from error
         for example in examples:
             example.columns |= dict(zip(REFERENCE, rows[id(example)]))
-        return found
+        return 0 if logps is None else len(examples)
 
     @contextlib.contextmanager
     def reference_in_memory(self):
@@ -1118,15 +1138,15 @@ def compile_layers(model):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep what a step frees for the next: to give it back and fault it in again takes a tenth of
-    the time of a step on a CPU."""
+    """Tells glibc to keep what a step frees for the next: to give it back to the system and get it again
+    takes a tenth of a step's time on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def model_inputs(batch):
-    """A Batch as keyword arguments of a decoder. Padding is on the right, where causal attention never looks."""
+    """A Batch as a decoder's arguments. Padding is on the right, where causal attention never looks."""
     options = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.segments is not None:  # with a mask of ones transformers looks for no packing of its own
         options |= {"position_ids": batch.positions, "attention_mask": torch.ones_like(batch.input_ids)}
@@ -1173,14 +1193,15 @@ def run_head(model, states, hidden):
     decoder = decoder_of(model)
     decoder.forward = lambda *arguments, **options: states
     try:
-        return model(input_ids=hidden.new_zeros(1, len(hidden), dtype=torch.long), use_cache=False).logits[0]
+        ids = hidden.new_zeros(1, len(hidden), dtype=torch.long)  # only their number is read
+        return model(input_ids=ids, use_cache=False).logits.squeeze(0)
     finally:
         del decoder.forward
 
 
 def write_checked(path, values):
     """Saves a tensor with its hash, whole or not at all; of two writers of one path the later stays."""
-    partial = f"{path}.{os.getpid()}.partial"
+    partial = f"{path}.{secrets.token_hex(8)}.partial"
     save_file({"values": values}, partial, {"sha256": hashlib.sha256(values.numpy().tobytes()).hexdigest()})
     sync(partial)
     os.replace(partial, path)

@@ -552,9 +552,9 @@ def test_each_microbatch_has_the_cheaper_layout():
     """Long prompts are cheaper shared; long responses apart, where attention over one long row costs more."""
     long_prompt, long_answers = example([1] * 90, [2] * 5, [3] * 5), example([1] * 2, [2] * 50, [3] * 50)
     layouts = (data.Layout(False, linear=100, quadratic=1), data.Layout(True, linear=100, quadratic=2))
-    for pair, shared in ((long_prompt, True), (long_answers, False)):
+    for pair, together in ((long_prompt, True), (long_answers, False)):
         (examples, layout), = data.microbatches([pair, pair], 1, 10**6, layouts)
-        assert len(examples) == 2 and layout.shared is shared
+        assert len(examples) == 2 and layout.shared is together
     # a token of 2 rows of 95, of 100: 2 * 95 * (100 + 95) / 100; of one row of 100: 100 + 200
     assert [layout.cost([long_prompt], [[0]]) for layout in layouts] == [370.5, 300]
 
@@ -562,9 +562,9 @@ def test_each_microbatch_has_the_cheaper_layout():
 def test_short_examples_share_a_row_where_they_fit():
     """Of widths 10, 6, 5, 4, 4, 3 in rows of 10: 10; 6 + 4; 5 + 4; and the last would be a row beyond the budget."""
     examples = [example([1] * (n - 2), [2], [3]) for n in (10, 6, 5, 4, 4, 3)]
-    shared = data.Layout(shared=True)
-    assert shared.rows(examples, 39) == [[0], [1, 3], [2, 4]] and shared.rows(examples, 40)[3:] == [[5]]
-    assert shared.rows(examples, 9) == [[0]]
+    packed = data.Layout(shared=True)
+    assert packed.rows(examples, 39) == [[0], [1, 3], [2, 4]] and packed.rows(examples, 40)[3:] == [[5]]
+    assert packed.rows(examples, 9) == [[0]]
     # apart, a pair of these is two rows: of 9 and 9 tokens, of 5 and 5
     assert data.SEPARATE.rows(examples, 36) == [[0], [1]] and data.SEPARATE.rows(examples, 35) == [[0]]
 

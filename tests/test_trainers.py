@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,14 +14,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, losses_of, read_lines, write_lines
+from conftest import FEW_ROWS, ROOT, TINY_RUN, losses_of, read_lines, write_lines
 from safetensors.torch import load_file
 from transformers import (CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification)
 
 import train
 import trainers
-from data import Example, InputError, Layout, collate
+from data import SEPARATE, Example, InputError, Layout, collate
 from losses import OBJECTIVES
 
 UNREPEATABLE = ("split", "time", "examples_per_second", "tokens_per_second")
@@ -242,6 +243,220 @@ def test_models_that_cannot_share_prompts_are_found_out(model_type, capsys, refu
         trainer.choose_layouts()
 
 
+def test_packed_examples_and_reward_models_are_tried_too(capsys):
+    """A model that is right for one pair in a row but not for two, and a judge that is another model."""
+    trainer = make_trainer("loss=dpo", "max_steps=0")
+    trainer.data_examples = random_pairs()
+    assert [layout.shared for layout in trainer.choose_layouts()] == [False, True]
+    forward = trainer.policy.model.forward
+
+    def leaks(position_ids=None, **options):
+        if position_ids is not None:  # what stands after the first pair is seen as standing after it
+            restarts = (position_ids == 0).cumsum(1) > 1
+            position_ids = position_ids + 7 * (restarts & (options["input_ids"] != 0))
+        return forward(position_ids=position_ids, **options)
+    trainer.policy.model.forward = leaks
+    assert trainer.choose_layouts() == (SEPARATE,)
+    del trainer.policy.model.forward
+    trainer.reward_model = AutoModelForSequenceClassification.from_config(tiny_of("bloom").config)
+    capsys.readouterr()
+    assert trainer.choose_layouts() == (SEPARATE,) and "layout     separate, which" in capsys.readouterr().out
+
+
+def test_the_token_budget_suits_the_device():
+    """Apart, a toy pair is two rows of about 33 tokens: 15 of them in 1,024 tokens, 31 in 2,048."""
+    for settings, tokens in ((["layout=separate"], 1024), (["layout=separate", "compute_dtype=bfloat16"], 2048),
+                             (["layout=separate", "max_tokens_per_microbatch=300"], 300)):
+        trainer = make_trainer("loss=dpo", *settings)
+        sizes = [collate(part, layout=layout).input_ids.numel() for part, layout in trainer.cut(
+            trainer.train_examples, 1)]
+        assert tokens * 0.8 < max(sizes) <= tokens
+
+
+# ---------------------------------------------------------------- the reference, once
+
+
+def reference_rows(printed):
+    """(rows read, rows computed) as a run printed them."""
+    (found,) = re.findall(r"log-probabilities of ([\d,]+) rows read from \S+, of ([\d,]+) computed", printed)
+    return tuple(int(number.replace(",", "")) for number in found)
+
+
+def test_the_reference_is_computed_once_for_all_runs(run, sft_run, capsys):
+    dpo = ["loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN]
+    first = run(*dpo)
+    assert reference_rows(capsys.readouterr().out) == (0, 408)
+    second = run(*dpo, "exp_name=again")
+    assert reference_rows(capsys.readouterr().out) == (408, 0)
+    uncached = run(*dpo, "exp_name=uncached", "reference_cache=false")
+    assert "log-probabilities of" not in capsys.readouterr().out
+    curves = [[{k: v for k, v in line.items() if k not in UNREPEATABLE} for line in read_lines(f"{folder}/metrics.jsonl")]
+              for folder in (first, second, uncached)]
+    assert curves[0] == curves[1]
+    for line, expected in zip(curves[0], curves[2], strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    for settings, rows in (
+            (["loss=ipo", "lr=1e-3", "max_tokens_per_microbatch=300"], (400, 8)),  # evaluation is cut in another way
+            (["reference_cache=elsewhere"], (0, 408)), (["compute_dtype=bfloat16"], (0, 408)),
+            (["max_length=30", "max_prompt_length=12"], (0, 408)), ([f"reference={first}/LATEST"], (0, 408))):
+        run(*dpo, *settings, f"exp_name={settings[-1].replace('/', '')}")
+        assert reference_rows(capsys.readouterr().out) == rows
+
+
+def test_reference_log_probabilities_are_the_reference_models(sft_run):
+    trainer = make_trainer("loss=rpo", f"model={sft_run}/LATEST", "num_eval_examples=8")
+    with torch.no_grad():
+        expected = [[obvious_logp(trainer.reference, example, ids).item() for ids in example.responses]
+                    for example in [*trainer.data_examples[:4], *trainer.eval_examples[:4]]]
+    trainer.fill_in_reference()
+    for example, values in zip([*trainer.data_examples[:4], *trainer.eval_examples[:4]], expected):
+        assert [example.columns[name] for name in trainers.REFERENCE] == pytest.approx(values, abs=1e-4)
+        assert {"chosen_reward", "rejected_reward"} <= example.columns.keys()
+    assert all(p.device.type == "meta" for p in trainer.reference.parameters())
+    with trainer.reference_in_memory():
+        assert all(torch.equal(a, b) for a, b in zip(trainer.reference.parameters(), trainer.policy.parameters()))
+    assert trainer.reference.device.type == "meta"
+
+
+def test_what_decides_the_reference_is_in_its_key(sft_run):
+    """One weight, one setting of the model (no weight shows it), one token of one row."""
+    def file_of(change):
+        trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST", f"reference={sft_run}/LATEST", "eval_data=null")
+        trainer.eval_examples = []
+        change(trainer)
+        trainer.fingerprints["reference"] = trainers.fingerprint(trainer.reference)
+        before = set(os.listdir("runs/reference_cache")) if os.path.isdir("runs/reference_cache") else set()
+        trainer.fill_in_reference()
+        return set(os.listdir("runs/reference_cache")) - before
+
+    def change_weight(trainer):
+        with torch.no_grad():
+            trainer.reference.lm_head.weight[3, 4] += 1e-3
+
+    def change_setting(trainer):
+        trainer.reference.config.rms_norm_eps = 1e-3
+
+    def change_token(trainer):
+        trainer.data_examples[7].responses[1][0] += 1
+
+    assert len(file_of(lambda trainer: None)) == 1 and not file_of(lambda trainer: None)
+    for change in (change_weight, change_setting, change_token):
+        assert len(file_of(change)) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
+def test_a_damaged_cache_file_is_computed_again(damage, sft_run, capsys):
+    values = []
+    for round in range(3):
+        trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST", "eval_data=null")
+        trainer.eval_examples = []
+        capsys.readouterr()
+        trainer.fill_in_reference()
+        printed = capsys.readouterr().out
+        assert reference_rows(printed) == ((400, 0) if round == 2 else (0, 400))
+        assert ("is damaged and computed again" in printed) is (round == 1)
+        values.append([example.columns[name] for example in trainer.data_examples for name in trainers.REFERENCE])
+        (name,) = os.listdir("runs/reference_cache")
+        with open(f"runs/reference_cache/{name}", "rb") as file:
+            content = file.read()
+        changed = {"cut": content[:-100], "flip": content[:-100] + bytes([content[-100] ^ 1]) + content[-99:], "empty": b"",
+                   "other": b"x" * 1000}[damage]
+        if round == 0:
+            with open(f"runs/reference_cache/{name}", "wb") as file:
+                file.write(changed)
+    assert values[0] == values[1] == values[2]
+
+
+def test_two_runs_at_once_leave_one_good_cache(sft_run, run, capsys):
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN,
+               "reference_cache=cache"]
+    both = [subprocess.Popen([*command, f"exp_name=run{i}"], env=os.environ | {"OMP_NUM_THREADS": "1"}) for i in (1, 2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(os.listdir("cache")) == 2 and all(name.endswith(".safetensors") for name in os.listdir("cache"))
+    assert losses_of("runs/run1") == losses_of("runs/run2")
+    capsys.readouterr()
+    run("loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN, "reference_cache=cache", "exp_name=third")
+    assert reference_rows(capsys.readouterr().out) == (408, 0)
+
+
+def test_a_cache_that_cannot_be_written_is_refused(sft_run, refused):
+    said = refused("loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN, f"reference_cache={FEW_ROWS}")
+    assert said == f"reference_cache={FEW_ROWS} cannot be written, File exists: name another folder, or set it to false"
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_rewards_at_step_0(dtype, tolerance, sft_run):
+    """In evaluation exactly 0; in training as close as two ways to batch the same numbers are, in units of beta."""
+    trainer = make_trainer("loss=dpo", "dpo.beta=1", f"model={sft_run}/LATEST", f"compute_dtype={dtype}",
+                           "num_eval_examples=50", "max_tokens_per_microbatch=500")
+    trainer.fill_in_reference()
+    means = trainer.accumulate(trainer.eval_batches(trainer.eval_examples, ""), 50)
+    assert means["rewards/chosen"].item() == means["rewards/margins"].item() == 0.0
+    assert means["loss"].item() == pytest.approx(math.log(2), abs=1e-7)
+    metrics = [trainer.losses(batch)[1] for position in range(0, 400, 4) for batch in trainer.train_batches(position)]
+    rewards = torch.cat([m[name] for m in metrics for name in ("rewards/chosen", "rewards/rejected")])
+    assert len(rewards) == 800 and rewards.abs().mean() <= tolerance
+
+
+# ---------------------------------------------------------------- the rest of the step
+
+
+def test_batches_are_made_one_step_ahead(monkeypatch):
+    trainer, made = make_trainer("loss=dpo", "max_steps=9"), []
+    train_batches = trainer.train_batches
+    monkeypatch.setattr(trainer, "train_batches", lambda position: made.append(position) or train_batches(position))
+    for _ in range(3):
+        trainer.train_step()
+    assert made == [0, 4, 8, 12]
+    ahead = [example.where for batch in trainer.next_batches[1] for example in batch.examples]
+    rows = torch.randperm(400, generator=torch.Generator().manual_seed(0))[12:16].tolist()
+    assert sorted(ahead) == sorted(trainer.train_examples[row].where for row in rows)
+
+
+def test_logits_exist_a_chunk_at_a_time(sft_run, monkeypatch):
+    """A budget of 5,000 logits is ten tokens of the 479 in the vocabulary; losses and gradients do not change."""
+    numbers, run_head = [], trainers.run_head
+    monkeypatch.setattr(trainers, "run_head", lambda *a: numbers.append(len(a[2])) or run_head(*a))
+    whole, chunks = (make_trainer("loss=dpo", f"model={sft_run}/LATEST") for _ in range(2))
+    expected = whole.train_step()
+    numbers.clear()
+    monkeypatch.setattr(trainers, "CHUNK_LOGITS", 5000)
+    metrics = chunks.train_step()
+    assert max(numbers) == 10 and len(numbers) > 20
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for p, q in zip(whole.policy.parameters(), chunks.policy.parameters()):
+        assert (p.grad - q.grad).abs().max() <= 1e-5 * p.grad.abs().max()
+
+
+def test_fused_optimizers_where_torch_has_them():
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    for settings, fused in ((["optimizer=AdamW"], True), (["optimizer=RMSprop"], None),
+                            (["optimizer=AdamW", "optimizer_args.foreach=true"], None)):
+        config, _ = train.load_config(settings)
+        assert trainers.make_optimizer(weights, config).defaults.get("fused") is fused
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles with g++")
+def test_compiled_layers_give_the_same_numbers(sft_run, run):
+    """Training, evaluation and sampling; the checkpoint has the usual names."""
+    folders = [run("loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN, f"compile={c}", f"exp_name=compile-{c}", "lr=1e-5")
+               for c in ("false", "true")]
+    plain, compiled = (losses_of(folder) for folder in folders)
+    assert compiled == pytest.approx(plain, rel=1e-5) and len(plain) == 3
+    torch._dynamo.reset()
+    names = [AutoModelForCausalLM.from_pretrained(f"{folder}/LATEST").state_dict().keys() for folder in folders]
+    assert names[0] == names[1]
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch, refused):
+    with pytest.raises(InputError, match="compile=true: ctrl has no layers that can be compiled"):
+        trainers.compile_layers(AutoModelForCausalLM.from_config(CONFIG_MAPPING["ctrl"](
+            vocab_size=50, n_embd=16, dff=16, n_layer=1, n_head=2)))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    if not torch.cuda.is_available():
+        assert "there is no g++" in refused("compile=true")
+
+
 def test_activation_checkpointing_changes_nothing():
     plain, checkpointed = make_trainer("loss=dpo"), make_trainer("loss=dpo", "activation_checkpointing=true")
     assert checkpointed.policy.is_activation_checkpointing and not plain.policy.is_activation_checkpointing
@@ -348,13 +563,6 @@ def run_folder(inside):
     """Trainers made here without main write into runs/<loss>, which main would have made."""
     for name in OBJECTIVES:
         os.makedirs(f"runs/{name}")
-
-
-def test_evaluation_at_step_0_has_reward_exactly_0():
-    trainer = make_trainer("loss=dpo", "num_eval_examples=50", "max_tokens_per_microbatch=500")
-    means = trainer.accumulate(trainer.eval_batches(trainer.eval_examples, ""), 50)
-    assert means["rewards/chosen"].item() == means["rewards/margins"].item() == 0.0
-    assert means["loss"].item() == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_samples_do_not_depend_on_batching():
