@@ -337,7 +337,7 @@ class Trainer:
         scale, tolerance = apart.abs().clamp(min=1), 0.05 if self.config.compute_dtype == "bfloat16" else 1e-4
         error = ((together - apart).abs() / scale).max().item()
         if not error < tolerance:
-            return f"whose log-probabilities in shared rows are off by {error:.1e}"
+            return f"whose numbers in shared rows are off by {error:.1e}"
         change = (together - moved).abs() / scale
         leak = max(change[1].max().item(), change[:, 2:].amax(0).sum().item())
         return f"in which one response sees another (by {leak:.1e})" if leak > tolerance / 10 else None

@@ -259,7 +259,7 @@ def test_packed_examples_and_reward_models_are_tried_too(capsys):
     hook.remove()
     trainer.reward_model = AutoModelForSequenceClassification.from_config(tiny_of("bloom").config)
     capsys.readouterr()
-    assert trainer.choose_layouts() == (SEPARATE,) and "layout     separate, which" in capsys.readouterr().out
+    assert trainer.choose_layouts() == (SEPARATE,) and "layout     separate, whose numbers" in capsys.readouterr().out
 
 
 def test_the_token_budget_suits_the_device():
