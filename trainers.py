@@ -494,8 +494,8 @@ class Trainer:
         rows = stream(len(self.train_examples), position, stop,
                       seed=self.config.seed + 7_368_787 * self.iteration, shuffle=self.config.shuffle)
         examples = [self.train_examples[row] for row in rows]
-        cuts = self.cut(examples, self.config.gradient_accumulation_steps)
-        return [self.collate(*cut) for cut in cuts]
+        return [self.collate(*cut) for cut in self.cut(
+            examples, self.config.gradient_accumulation_steps, self.config.max_tokens_per_microbatch)]
 
     def place(self):
         """Where in its iteration the run stands."""
@@ -648,20 +648,24 @@ class Trainer:
         self.log("eval", metrics)  # last: a resumed run takes this line as the sign that all was written
         self.evaluated_steps.add(self.step)
 
-    def eval_cuts(self, examples):
-        return self.cut(examples, math.ceil(len(examples) / self.config.eval_batch_size))
-
     def eval_batches(self, examples, title):
-        """Batches without a backward, one by one, with a bar; raises Stopped between them."""
-        for cut in tqdm(self.eval_cuts(examples), desc=title, unit="batch", leave=False, disable=None):
+        return self.batches(self.eval_cuts(examples), title)
+
+    def eval_cuts(self, examples):
+        return self.cut(examples, math.ceil(len(examples) / self.config.eval_batch_size),
+                        self.config.max_tokens_per_microbatch)
+
+    def batches(self, cuts, title):
+        """Batches of what `cut` returned, one by one, with a bar; raises Stopped between them."""
+        for cut in tqdm(cuts, desc=title, unit="batch", leave=False, disable=None):
             self.check_stop()
             yield self.collate(*cut)
 
-    def cut(self, examples, parts):
-        """data.microbatches of this run; unless set, the token budget suits a CPU's caches or fills a GPU."""
-        budget = 2**14 if self.policy.device.type == "cuda" else (
-            2**11 if self.config.compute_dtype == "bfloat16" else 2**10)
-        return microbatches(examples, parts, self.config.max_tokens_per_microbatch or budget, self.layouts)
+    def cut(self, examples, parts, budget):
+        """data.microbatches of this run; a budget of None suits the caches of a CPU, or fills a GPU."""
+        usual = 2**11 if self.config.compute_dtype == "bfloat16" else 2**10
+        usual = 2**14 if self.policy.device.type == "cuda" else usual
+        return microbatches(examples, parts, budget or usual, self.layouts)
 
     def collate(self, examples, layout):
         dtype = torch.promote_types(self.policy.dtype, torch.float32)
@@ -853,8 +857,9 @@ class Trainer:
     def fill_in_reference(self):
         """Computes the reference's log-probabilities of every response once; then it leaves the memory.
 
-        They are kept in files of at most 10,000 examples, under a key of all that decides them. Evaluation's
-        come from the very microbatches that it will use, so that rewards at step 0 are exactly 0.
+        They are kept in files of at most 10,000 examples, under a key of all that decides them, to the last
+        bit. Evaluation's come from the very microbatches that it will use, so that rewards at step 0 are
+        exactly 0; training's from microbatches that no setting but the layout changes.
         """
         objective = self.objective
         if not (objective.needs_reference and objective.inputs == "logps" and self.config.reference_cache
@@ -862,10 +867,10 @@ class Trainer:
             return
         started, found = time.monotonic(), 0
         for start in range(0, len(self.data_examples), 10_000):
-            found += self.fill_in_part(self.data_examples[start:start + 10_000])
+            part = self.data_examples[start:start + 10_000]
+            found += self.fill_in_part(part, self.cut(part, math.ceil(len(part) / 256), None))
         if self.eval_examples:
-            cuts = [(len(part), layout.shared) for part, layout in self.eval_cuts(self.eval_examples)]
-            found += self.fill_in_part(self.eval_examples, repr(cuts))
+            found += self.fill_in_part(self.eval_examples, self.eval_cuts(self.eval_examples))
         total = len(self.data_examples) + len(self.eval_examples)
         tqdm.write(f"reference  log-probabilities of {found:,} rows read from {self.cache_folder}, of "
                    f"{total - found:,} computed, {time.monotonic() - started:.1f} s")
@@ -876,15 +881,16 @@ class Trainer:
         folder = self.config.reference_cache
         return os.path.join("runs", "reference_cache") if folder is True else folder
 
-    def fill_in_part(self, examples, how=""):
+    def fill_in_part(self, examples, cuts):
         """Puts reference log-probabilities into the examples' columns; returns how many the cache had.
 
-        how: what else the numbers depend on, to the last bit. Raises InputError if they cannot be kept.
+        cuts: the examples in microbatches. Raises InputError if the numbers cannot be kept.
         """
         unread = {"_name_or_path", "architectures", "dtype", "transformers_version"}
         settings = {k: v for k, v in self.reference.config.to_dict().items() if k not in unread}
-        digest = hashlib.sha256(repr([self.fingerprints["reference"], sorted(settings.items()),
-                                      self.config.dtype, self.config.compute_dtype, how]).encode())
+        shapes = [(len(part), layout.shared) for part, layout in cuts]
+        digest = hashlib.sha256(repr([self.fingerprints["reference"], sorted(settings.items()), shapes,
+                                      self.config.dtype, self.config.compute_dtype]).encode())
         for example in examples:
             for ids in (example.prompt, *example.responses):
                 digest.update(len(ids).to_bytes(4) + ids.tobytes())
@@ -894,7 +900,7 @@ class Trainer:
             rows = dict(zip(map(id, examples), logps.tolist()))
         else:
             rows = {}
-            for batch in self.eval_batches(examples, "reference"):
+            for batch in self.batches(cuts, "reference"):
                 values = self.response_logps(self.reference, batch)
                 rows |= dict(zip(map(id, batch.examples), values.T.tolist()))
             values = torch.tensor([rows[id(example)] for example in examples], dtype=torch.float64)

@@ -1,5 +1,6 @@
 """The command line, the config, the table of bad inputs, every README command, and real input."""
 
+import dataclasses
 import glob
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from conftest import FEW_ROWS, ROOT, TINY_RUN, losses_of, read_lines, shared, write_lines
@@ -35,6 +37,7 @@ def test_command_line_values():
     assert (config.lr, config.data, config.dpo["beta"]) == (1e-5, ["a.jsonl", "b.jsonl"], 0.3)
     assert config.optimizer_args == {"alpha": 0.9, "eps": 1e-6}
     assert config.reference is None and config.max_grad_norm is None and config.resume == "auto"
+    assert [config_of(f"reference_cache={x}").reference_cache for x in ("true", "false", "kept")] == [True, False, "kept"]
     assert config.exp_name == "2024" and config.run_dir == os.path.abspath("runs/2024")
     assert config_of("loss=ipo").exp_name == "ipo"
 
@@ -401,6 +404,47 @@ def test_the_frontier_command(sft_run):
     assert len(table) == 4
     last = read_lines("f/seed-0-40-2/IPO-0.1/metrics.jsonl")[-1]
     assert f"| {last['samples/reward']:.2f} | {last['samples/kl']:.2f} |" in table[0]
+
+
+def benchmark(path):
+    spec = importlib.util.spec_from_file_location("benchmark", os.path.join(ROOT, path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_necessary_arithmetic_by_hand():
+    """tiny: 2 layers of 4 * 128 * 128 weights in attention and 3 * 128 * 256 behind it; forward and backward are 6
+    operations for each weight and token; a score and a value are 2 * 2 * 128 for each token that is seen, thrice."""
+    trainer = train.build_trainer(train.load_config([*TINY_RUN, "loss=dpo"])[0])
+    pair = dataclasses.replace(trainer.train_examples[0], prompt=np.ones(3), responses=(np.ones(2), np.ones(1)))
+    weights, vocabulary = 2 * (4 * 128 * 128 + 3 * 128 * 256), trainer.policy.config.vocab_size
+    seen = (1 + 2 + 3) + (4 + 5) + 4
+    assert benchmark("tests/benchmarks/throughput.py").necessary(trainer, [pair]) == {
+        "prompt": 6 * weights * 3, "response": 6 * weights * 3, "head": 6 * 128 * vocabulary * 3,
+        "attention": 3 * 2 * 2 * 2 * 128 * seen}
+
+
+def test_the_benchmark_commands(sft_run):
+    """On few steps: contenders agree in their losses, and every part of a step is there."""
+    for name in ("throughput", "generation"):
+        assert f"python tests/benchmarks/{name}.py --data pairs.jsonl" in README
+    shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), "runs/sft/LATEST")
+    script = os.path.join(ROOT, "tests", "benchmarks", "throughput.py")
+    done = subprocess.run([sys.executable, script, "--data", FEW_ROWS, "tokenizer=runs/sft/LATEST", "--rounds", "2",
+                           "--steps", "1", "--against", "layout=separate"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here, apart = (line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| here"))
+    assert here[2] == "1.000" and apart[0] == "| here, layout=separate"
+    assert float(apart[5]) < 1e-4 and 0 < float(apart[6].rstrip("% |")) < 100
+    parts = re.findall(r"\n\| (prompt|response|head|attention|optimizer|batch making) \| ([\d.]+)%", done.stdout)
+    assert len(parts) == 12 and all(float(share) > 0 for name, share in parts if name != "batch making")
+    done = subprocess.run([sys.executable, script, "--data", FEW_ROWS], capture_output=True, text=True)
+    assert done.returncode == 1 and "is a config without a tokenizer" in done.stderr
+    script = os.path.join(ROOT, "tests", "benchmarks", "generation.py")
+    done = subprocess.run([sys.executable, script, "--data", FEW_ROWS, "--model", "runs/sft/LATEST", "--prompts", "8",
+                           "--rounds", "1", "spin.max_tokens=8"], capture_output=True, text=True)
+    assert re.search(r"8 prompts .* [\d,]+ tokens/s here, .* times as many", done.stdout), done.stderr
 
 
 @pytest.mark.parametrize("command", readme_commands())

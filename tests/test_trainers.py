@@ -268,7 +268,7 @@ def test_the_token_budget_suits_the_device():
                              (["layout=separate", "max_tokens_per_microbatch=300"], 300)):
         trainer = make_trainer("loss=dpo", *settings)
         sizes = [collate(part, layout=layout).input_ids.numel() for part, layout in trainer.cut(
-            trainer.train_examples, 1)]
+            trainer.train_examples, 1, trainer.config.max_tokens_per_microbatch)]
         assert tokens * 0.8 < max(sizes) <= tokens
 
 

@@ -1,14 +1,14 @@
 """How fast is a training step, how much memory does it take, and where does the time go?
 
-    python tests/benchmarks/throughput.py --data FILE [--model FOLDER_OR_CONFIG] [--peer trl]
+    python tests/benchmarks/throughput.py --data FILE [--model MODEL_OR_CONFIG] [--peer trl]
         [--against "compute_dtype=bfloat16"] [--lengths 256,128,128] [--set vocab_size=32768] [key=value ...]
 
 Contenders take turns in one run, each in a process of its own with the same weights, rows and order: this
 project with the settings key=value, again with those of every --against laid over them, TRL's DPOTrainer with
-its reference precomputed (--peer trl, if it is installed), and plain matrix products of the same type. A config's
-.json gets random weights and needs tokenizer=; by default it is that of a Llama of 17M parameters. --lengths makes
-rows of random tokens, so many in prompt, chosen and rejected. Prints medians over the rounds, ratios within them,
-and the parts of a step.
+its reference precomputed (--peer trl, if it is installed), and plain matrix products. A config's .json gets random
+weights and needs tokenizer=; by default it is that of a Llama of 17M parameters. --lengths makes rows of random
+tokens, so many in prompt, chosen and rejected. Prints medians over the rounds, the median of the rounds' ratios, and
+the parts of a step; the peak memory is that of the whole process, on a GPU that of the tensors.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 DEFAULTS = ["loss=dpo", "batch_size=8", "truncation=drop", "eval_every=0", "shuffle=false", "lr=1e-5",
-            "lr_schedule=constant", "warmup_steps=0", "num_epochs=1", "tokenizer=../shared/models/hh_bpe8k"]
+            "lr_schedule=constant", "warmup_steps=0", "num_epochs=1"]
 
 
 def main():
@@ -56,10 +56,12 @@ def main():
 def make_model(arguments, settings, folder):
     """The folder of the model: as given, or one with random weights for a config's .json."""
     if not arguments.model.endswith(".json"):
-        return os.path.abspath(arguments.model)
+        return os.path.abspath(arguments.model) if os.path.isdir(arguments.model) else arguments.model
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    path = [value for key, value in (setting.split("=", 1) for setting in settings) if key == "tokenizer"][-1]
+    path = dict(setting.split("=", 1) for setting in settings).get("tokenizer")
+    if not path:
+        sys.exit(f"{arguments.model} is a config without a tokenizer: name one by tokenizer=")
     tokenizer = AutoTokenizer.from_pretrained(path)
     with open(arguments.model) as file:
         options = json.load(file) | {key: json.loads(value) for key, value in (x.split("=") for x in arguments.set)}
@@ -102,10 +104,9 @@ def ask(worker, word):
 
 
 def report(arguments, seconds, lines, parts):
-    rates = {name: lines["matrix products"]["flop"] / statistics.median(values) / 1e9
-             for name, values in seconds.items() if name == "matrix products"}
-    rate = rates["matrix products"]
-    print(f"\n{lines['here']['rows']} rows of {lines['here']['tokens'] / lines['here']['rows']:.0f} tokens on average, "
+    rate = lines["matrix products"]["flop"] / statistics.median(seconds["matrix products"]) / 1e9
+    pairs, tokens = lines["here"]["pairs"], lines["here"]["tokens"]
+    print(f"\n{pairs} pairs of {tokens / pairs:.0f} tokens on average, "
           f"{lines['here']['parameters']:,} parameters; plain matrix products: {rate:.0f} GFLOP/s\n")
     print("| | pairs/s | times here | tokens/s | peak memory, MB | largest difference of a loss | share of the matrix "
           "products' rate |\n|---|---|---|---|---|---|---|")
@@ -152,7 +153,7 @@ def load_examples(arguments, settings):
     config, _ = train.load_config(settings)
     need = config.batch_size * (WARM_UP + arguments.steps * arguments.rounds)
     rows, report = data.load_rows(config.data, "train", train.OBJECTIVES[config.loss])
-    tokenizer = trainers.load_tokenizer(config.tokenizer, rows, config)
+    tokenizer = trainers.load_tokenizer(config.tokenizer or config.model, rows, config)
     examples = data.encode(rows, report, tokenizer, config, [tokenizer.eos_token_id], need)
     if arguments.lengths:
         noise, lengths = np.random.default_rng(0), [int(x) for x in arguments.lengths.split(",")]
@@ -198,7 +199,7 @@ def run_here(arguments, settings):
         seconds, trainer = time.perf_counter() - started, state["trainer"]
         used = trainer.train_examples[WARM_UP * trainer.config.batch_size:trainer.position]
         return {"seconds": seconds, "losses": state["losses"], "memory": peak_memory(), "pairs": len(used),
-                "rows": len(trainer.train_examples), "parameters": sum(p.numel() for p in trainer.policy.parameters()),
+                "parameters": sum(p.numel() for p in trainer.policy.parameters()),
                 "tokens": sum(example.num_tokens for example in used), "necessary": necessary(trainer, used)}
 
     def parts():
