@@ -731,13 +731,14 @@ class Batch:
     prompts: (R, T) int64, the segment of each token's prompt: a token sees that and its own segment. Both are
     None where each row is one response, which a causal model sees so by itself.
     states: (N,) int64, for each of N response tokens the place in R * T of the token that predicts it.
-    targets: (N,) int64, those tokens. owners: (N,) int64, their responses, k * B + b.
-    ends: (K * B,) int64, the place of each response's last token. columns: name -> (B,) float.
+    targets: (N,) int64, those tokens, response after response, all chosen before all rejected.
+    lengths, ends: (K * B,) int64, the responses' tokens, and the place of each one's last token.
+    columns: name -> (B,) float.
 
     One pair, prompt [5, 6], chosen [7, 1], rejected [8, 9, 1], separate and shared:
 
         input_ids   5 6 7 1 0     input_ids   5 6 7 1 8 9 1     targets  7 1 8 9 1
-                    5 6 8 9 1     positions   0 1 2 3 2 3 4     owners   0 0 1 1 1
+                    5 6 8 9 1     positions   0 1 2 3 2 3 4     lengths  2 3
         states      1 2 6 7 8     segments    0 0 1 1 2 2 2
         ends        3 9           prompts     0 0 0 0 0 0 0
                                   states      1 2 1 4 5
@@ -751,7 +752,7 @@ class Batch:
     prompts: torch.Tensor | None
     states: torch.Tensor
     targets: torch.Tensor
-    owners: torch.Tensor
+    lengths: torch.Tensor
     ends: torch.Tensor
     columns: dict
 
@@ -797,6 +798,6 @@ def collate(examples, dtype=torch.float32, layout=SEPARATE):
     columns |= dict(zip(COMPUTED_COLUMNS, zip(*(map(len, example.responses) for example in examples))))
     tensors = (input_ids, positions, *((segments, prompts) if layout.shared else (None, None)),
                np.concatenate(states), np.concatenate(answers).astype(np.int64),
-               np.repeat(np.arange(len(answers)), [len(ids) for ids in answers]), np.array(ends))
+               np.array([len(ids) for ids in answers]), np.array(ends))
     return Batch(list(examples), *(x if x is None else torch.from_numpy(x) for x in tensors),
                  {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()})

@@ -204,7 +204,7 @@ def load_yaml(text, what):
 def parse(text, rule):
     """A command line's value: YAML, but text as it stands where text is allowed."""
     words = rule.split()
-    literal = text == "null" or "bool" in words and text in ("true", "false")
+    literal = text == "null" or "bool" in words and isinstance(load_yaml(text, repr(text)), bool)
     if "str" in words and not literal and not ("list" in words and text.startswith("[")):
         return text
     return load_yaml(text, repr(text))

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zlib
 
@@ -274,8 +275,9 @@ class Trainer:
         self.next_batches = None  # of the next step: (iteration, position), Batches
         if self.objective.self_play:
             self.iteration, self.train_examples = -1, []
-        if config.compile:
-            compile_layers(policy)
+        for model in filter(None, (policy, reference) if config.compile else ()):
+            compile_layers(model)
+        self.precise = False  # while the layouts are compared
         self.layouts = self.choose_layouts()
         self.saved_step = None
         self.stop = None  # signal number, or "max_hours"
@@ -315,32 +317,41 @@ class Trainer:
     def why_not_shared(self, model, read):
         """Why shared rows give this model other numbers than separate ones, or None: tried on real examples.
 
-        The log-probabilities must agree, and those of one response must not move with another one's tokens:
-        of the longest example in a row of its own, and of the two shortest, together in one if they fit.
+        In float32 the log-probabilities must agree, and those of one response must not move with another's
+        tokens: of the longest example in a row of its own, and of the two shortest, in one if they fit.
         """
         def backwards(example, k):
             responses = list(example.responses)[:1] + [example.responses[-1]]
             responses[k] = responses[k][::-1].copy()
             return dataclasses.replace(example, responses=tuple(responses), columns={})
-        ordered = sorted(self.data_examples, key=lambda example: example.num_tokens)
+        ordered = sorted([*self.data_examples, *self.eval_examples], key=lambda example: example.num_tokens)
         pairs = [backwards(example, 1) for example in (ordered[-1], *ordered[:2])]
         others = [backwards(pair, 0) for pair in pairs[:2]] + pairs[2:]
         model.eval()
+        self.precise = True
+        narrow = [x for x in (*model.parameters(), *model.buffers()) if x.dtype == torch.bfloat16]
+        for x in narrow:
+            x.data = x.data.float()
         try:
             apart, together, moved = (
                 read(model, collate(rows, layout=Layout(shared)).to(model.device))
                 for rows, shared in ((pairs, False), (pairs, True), (others, True)))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a model may refuse positions or masks in its own way
             return f"which does not take shared prompts: {first_line(error)}"
         finally:
+            for x in narrow:
+                x.data = x.data.bfloat16()  # just what it was
+            self.precise = False
             model.train(model is self.policy)
-        scale, tolerance = apart.abs().clamp(min=1), 0.05 if self.config.compute_dtype == "bfloat16" else 1e-4
+        scale = apart.abs().clamp(min=1)
         error = ((together - apart).abs() / scale).max().item()
-        if not error < tolerance:
+        if not error < 1e-4:
             return f"whose numbers in shared rows are off by {error:.1e}"
         change = (together - moved).abs() / scale
         leak = max(change[1].max().item(), change[:, 2:].amax(0).sum().item())
-        return f"in which one response sees another (by {leak:.1e})" if leak > tolerance / 10 else None
+        return f"in which one response sees another (by {leak:.1e})" if leak > 1e-5 else None
 
     def setting(self, name, default=None, loss=None):
         """A key of the loss's config block; of a list with a value per iteration, this iteration's."""
@@ -409,6 +420,10 @@ class Trainer:
             except Stopped:
                 if self.saved_step != self.step:
                     self.save()
+            except InputError:  # as of a reference that has gone
+                if self.step > (self.saved_step or 0):
+                    self.save()
+                raise
         if self.wandb:
             self.wandb.finish()
         return self.stop
@@ -597,8 +612,8 @@ class Trainer:
             read_chunk = functools.partial(checkpoint, read_chunk, use_reentrant=True,
                                            preserve_rng_state=False)
         values = [torch.cat(parts) for parts in zip(*itertools.starmap(read_chunk, chunks))]  # (N,) each
-        sums = [value.new_zeros(len(batch.ends)).index_add(0, batch.owners, value) for value in values]
-        return [x.view(-1, len(batch.examples)) for x in sums]
+        sums = (torch.segment_reduce(value, "sum", lengths=batch.lengths, unsafe=True) for value in values)
+        return [x.view(-1, len(batch.examples)) for x in sums]  # index_add has no fixed order on a GPU
 
     def distribution_losses(self, batch, loss):
         """A loss of both models' logits at each response token, summed by response: losses (B,), metrics."""
@@ -616,7 +631,8 @@ class Trainer:
 
     def autocast(self):
         """bfloat16 arithmetic on float32 weights, if the config asks for it."""
-        enabled = self.config.compute_dtype == "bfloat16" and self.config.dtype == "float32"
+        types = self.config.compute_dtype, self.config.dtype
+        enabled = types == ("bfloat16", "float32") and not self.precise
         return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=enabled)
 
     def describe_failure(self, metrics, batches):
@@ -861,20 +877,31 @@ class Trainer:
         bit. Evaluation's come from the very microbatches that it will use, so that rewards at step 0 are
         exactly 0; training's from microbatches that no setting but the layout changes.
         """
-        objective = self.objective
+        objective, rows = self.objective, self.data_examples
         if not (objective.needs_reference and objective.inputs == "logps" and self.config.reference_cache
                 and not objective.self_play):
             return
+        try:
+            os.makedirs(self.cache_folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.cache_folder):
+                pass
+        except OSError as error:
+            raise InputError(f"reference_cache={self.cache_folder} cannot be written, {error.strerror}: "
+                             "name another folder, or set it to false") from error
+        limit = math.inf if self.config.max_steps is None else self.config.max_steps * self.config.batch_size
+        if min(limit, self.num_positions(len(rows))) < len(rows):
+            rows = []  # those of a run that does not see each row are cheaper in its steps
         started, found = time.monotonic(), 0
-        for start in range(0, len(self.data_examples), 10_000):
-            part = self.data_examples[start:start + 10_000]
+        for start in range(0, len(rows), 10_000):
+            part = rows[start:start + 10_000]
             found += self.fill_in_part(part, self.cut(part, math.ceil(len(part) / 256), None))
         if self.eval_examples:
             found += self.fill_in_part(self.eval_examples, self.eval_cuts(self.eval_examples))
-        total = len(self.data_examples) + len(self.eval_examples)
+        total = len(rows) + len(self.eval_examples)
         tqdm.write(f"reference  log-probabilities of {found:,} rows read from {self.cache_folder}, of "
                    f"{total - found:,} computed, {time.monotonic() - started:.1f} s")
-        self.reference.to("meta")
+        if rows or limit == 0:
+            self.reference.to("meta")
 
     @property
     def cache_folder(self):
@@ -884,13 +911,15 @@ class Trainer:
     def fill_in_part(self, examples, cuts):
         """Puts reference log-probabilities into the examples' columns; returns how many the cache had.
 
-        cuts: the examples in microbatches. Raises InputError if the numbers cannot be kept.
+        cuts: the examples in microbatches.
         """
         unread = {"_name_or_path", "architectures", "dtype", "transformers_version"}
         settings = {k: v for k, v in self.reference.config.to_dict().items() if k not in unread}
         shapes = [(len(part), layout.shared) for part, layout in cuts]
+        arithmetic = [self.config.dtype, self.config.compute_dtype, self.config.compile, torch.__version__,
+                      self.reference.config._attn_implementation, self.policy.device.type]
         digest = hashlib.sha256(repr([self.fingerprints["reference"], sorted(settings.items()), shapes,
-                                      self.config.dtype, self.config.compute_dtype]).encode())
+                                      arithmetic]).encode())
         for example in examples:
             for ids in (example.prompt, *example.responses):
                 digest.update(len(ids).to_bytes(4) + ids.tobytes())
@@ -903,26 +932,28 @@ class Trainer:
             for batch in self.batches(cuts, "reference"):
                 values = self.response_logps(self.reference, batch)
                 rows |= dict(zip(map(id, batch.examples), values.T.tolist()))
-            values = torch.tensor([rows[id(example)] for example in examples], dtype=torch.float64)
-            try:
-                os.makedirs(self.cache_folder, exist_ok=True)
-                write_checked(path, values)
-            except OSError as error:
-                raise InputError(f"reference_cache={self.cache_folder} cannot be written, {error.strerror}: "
-                                 "name another folder, or set it to false") from error
+            values = [rows[id(example)] for example in examples]
+            write_checked(path, torch.tensor(values, dtype=torch.float64))
         for example in examples:
             example.columns |= dict(zip(REFERENCE, rows[id(example)]))
         return 0 if logps is None else len(examples)
 
     @contextlib.contextmanager
     def reference_in_memory(self):
-        """Loads the reference again for a while, if it left."""
+        """Loads the reference again for a while, if it left. Raises InputError if it is another meanwhile."""
         left = self.reference.device.type == "meta"
         if left:
             self.reference = self.load_reference().eval().requires_grad_(False)
-        yield
-        if left:
-            self.reference.to("meta")
+            if fingerprint(self.reference) != self.fingerprints["reference"]:
+                raise InputError("the reference is not what this run began with, its content differs: put it "
+                                 "back, and go on by resume=true")
+            if self.config.compile:
+                compile_layers(self.reference)
+        try:
+            yield
+        finally:
+            if left:
+                self.reference.to("meta")
 
     @torch.no_grad()
     def next_iteration(self):
@@ -1129,7 +1160,10 @@ def decoder_of(model):
     """A causal language model without its head."""
     decoder = model.get_decoder()
     if decoder is model:  # as Llama 4's text model says
-        decoder = next(child for child in model.children() if isinstance(child, PreTrainedModel))
+        decoder = next((child for child in model.children() if isinstance(child, PreTrainedModel)), None)
+    if decoder is None:
+        raise InputError(f"{model.config.model_type} names no decoder apart from its head: choose another "
+                         "architecture")
     return decoder
 
 

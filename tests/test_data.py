@@ -530,7 +530,7 @@ def test_collate_as_its_docstring_says():
     batch = data.collate([example([5, 6], [7, 1], [8, 9, 1], chosen_reward=2.5)])
     assert batch.input_ids.tolist() == [[5, 6, 7, 1, 0], [5, 6, 8, 9, 1]] and batch.segments is None
     assert batch.states.tolist() == [1, 2, 6, 7, 8] and batch.targets.tolist() == [7, 1, 8, 9, 1]
-    assert batch.owners.tolist() == [0, 0, 1, 1, 1] and batch.ends.tolist() == [3, 9]
+    assert batch.lengths.tolist() == [2, 3] and batch.ends.tolist() == [3, 9]
     assert {name: column.tolist() for name, column in batch.columns.items()} == {
         "chosen_reward": [2.5], "chosen_length": [2.0], "rejected_length": [3.0]}
 
@@ -545,7 +545,7 @@ def test_collate_with_shared_prompts_as_its_docstring_says():
     # chosen of all, then rejected of all; the last prompt token predicts each first one
     assert batch.states.tolist() == [1, 2, 7, 10, 1, 4, 5, 7, 10]
     assert batch.targets.tolist() == [7, 1, 3, 3, 8, 9, 1, 2, 2]
-    assert batch.owners.tolist() == [0, 0, 1, 2, 3, 3, 3, 4, 5] and batch.ends.tolist() == [3, 8, 11, 6, 9, 12]
+    assert batch.lengths.tolist() == [2, 1, 1, 3, 1, 1] and batch.ends.tolist() == [3, 8, 11, 6, 9, 12]
 
 
 def test_each_microbatch_has_the_cheaper_layout():

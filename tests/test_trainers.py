@@ -1,6 +1,7 @@
 """The step against an obvious float64 implementation, splits, evaluation, sampling, saving, stopping, resuming."""
 
 import copy
+import dataclasses
 import math
 import os
 import random
@@ -230,28 +231,45 @@ def test_both_layouts_agree_with_the_plain_model(model_type):
         assert (gradient - gradients[0]).abs().max() <= 1e-5 * gradients[0].abs().max()
 
 
+@pytest.mark.parametrize("types", [[], ["compute_dtype=bfloat16"], ["compute_dtype=bfloat16", "dtype=bfloat16"]])
 @pytest.mark.parametrize("model_type", ["bloom", "mpt", "gpt_neo", "mamba"])
-def test_models_that_cannot_share_prompts_are_found_out(model_type, capsys, refused):
-    trainer = make_trainer("loss=dpo", "max_steps=0")
+def test_models_that_cannot_share_prompts_are_found_out(model_type, types, capsys, refused):
+    trainer = make_trainer("loss=dpo", "max_steps=0", *types)
     capsys.readouterr()
-    trainer.policy = trainer.reference = tiny_of(model_type)
-    trainer.data_examples = random_pairs()
+    trainer.policy = trainer.reference = tiny_of(model_type).to(getattr(torch, trainer.config.dtype))
+    before = [x.clone() for x in (*trainer.policy.parameters(), *trainer.policy.buffers())]
+    trainer.data_examples, trainer.eval_examples = random_pairs(), []
     assert [layout.shared for layout in trainer.choose_layouts()] == [False]
     assert capsys.readouterr().out.startswith("layout     separate, ")
+    after = [*trainer.policy.parameters(), *trainer.policy.buffers()]
+    assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(before, after, strict=True))
     trainer.config.layout = "shared"
     with pytest.raises(InputError, match="layout=shared is not possible with this model"):
         trainer.choose_layouts()
 
 
+@pytest.mark.parametrize("k, example, found", [(0, 0, False), (0, 1, False), (1, 0, True), (1, 1, True), (0, 2, True),
+                                               (1, 2, True)])
+def test_a_leak_is_found_by_what_moves(k, example, found):
+    """The first responses of the first two examples are exchanged: they may move, and nothing else."""
+    trainer = make_trainer("loss=dpo", "max_steps=0")
+    logps = torch.full((2, 3), -50.0)
+    moved = logps.clone()
+    moved[k, example] += 0.01
+    answers = iter([logps, logps, moved])
+    said = trainer.why_not_shared(trainer.policy, lambda model, batch: next(answers))
+    assert said == ("in which one response sees another (by 2.0e-04)" if found else None)
+
+
 def test_packed_examples_and_reward_models_are_tried_too(capsys):
     """A model that is right for one pair in a row but not for two, and a judge that is another model."""
     trainer = make_trainer("loss=dpo", "max_steps=0")
-    trainer.data_examples = random_pairs()
+    trainer.data_examples, trainer.eval_examples = random_pairs(), []
     assert [layout.shared for layout in trainer.choose_layouts()] == [False, True]
 
     def leak(model, arguments, options):
         if "position_ids" in options:  # in shared rows a second prompt is read as another, by the first one's token
-            second = (options["position_ids"] == 0).cumsum(1) == 2
+            second = ((options["position_ids"] == 0) & (options["input_ids"] != 0)).cumsum(1) == 2
             options["input_ids"] = (options["input_ids"] + second * options["input_ids"][:, :1]) % 400
         return arguments, options
     hook = trainer.policy.model.register_forward_pre_hook(leak, with_kwargs=True)
@@ -282,7 +300,7 @@ def reference_rows(printed):
 
 
 def test_the_reference_is_computed_once_for_all_runs(run, sft_run, capsys):
-    dpo = ["loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN]
+    dpo = ["loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN, "batch_size=200"]  # 3 steps see all 400 rows
     first = run(*dpo)
     assert reference_rows(capsys.readouterr().out) == (0, 408)
     second = run(*dpo, "exp_name=again")
@@ -296,14 +314,14 @@ def test_the_reference_is_computed_once_for_all_runs(run, sft_run, capsys):
         assert line == {k: v if v is None else pytest.approx(v, rel=1e-4, abs=1e-4) for k, v in expected.items()}
     for settings, rows in (
             (["loss=ipo", "lr=1e-3", "max_tokens_per_microbatch=300"], (400, 8)),  # evaluation is cut in another way
-            (["reference_cache=elsewhere"], (0, 408)), (["compute_dtype=bfloat16"], (0, 408)),
+            (["reference_cache=elsewhere"], (0, 408)), (["attention=eager"], (0, 408)), (["compute_dtype=bfloat16"], (0, 408)),
             (["max_length=20", "max_prompt_length=8"], (0, 408)), ([f"reference={first}/LATEST"], (0, 408))):
         run(*dpo, *settings, f"exp_name={settings[-1].replace('/', '')}")
         assert reference_rows(capsys.readouterr().out) == rows
 
 
 def test_reference_log_probabilities_are_the_reference_models(sft_run):
-    trainer = make_trainer("loss=rpo", f"model={sft_run}/LATEST", "num_eval_examples=8")
+    trainer = make_trainer("loss=rpo", f"model={sft_run}/LATEST", "num_eval_examples=8", "batch_size=400")
     with torch.no_grad():
         expected = [[obvious_logp(trainer.reference, example, ids).item() for ids in example.responses]
                     for example in [*trainer.data_examples[:4], *trainer.eval_examples[:4]]]
@@ -320,7 +338,7 @@ def test_reference_log_probabilities_are_the_reference_models(sft_run):
 def test_what_decides_the_reference_is_in_its_key(sft_run):
     """One weight, one setting of the model (no weight shows it), one token of one row."""
     def file_of(change):
-        trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST", f"reference={sft_run}/LATEST", "eval_data=null")
+        trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST", f"reference={sft_run}/LATEST", "batch_size=400")
         trainer.eval_examples = []
         change(trainer)
         trainer.fingerprints["reference"] = trainers.fingerprint(trainer.reference)
@@ -338,8 +356,13 @@ def test_what_decides_the_reference_is_in_its_key(sft_run):
     def change_token(trainer):
         trainer.data_examples[7].responses[1][0] += 1
 
+    def move_token(trainer):  # from the prompt to the response
+        example = trainer.data_examples[7]
+        trainer.data_examples[7] = dataclasses.replace(example, prompt=example.prompt[:-1], responses=(
+            np.append(example.prompt[-1:], example.responses[0]), example.responses[1]))
+
     assert len(file_of(lambda trainer: None)) == 1 and not file_of(lambda trainer: None)
-    for change in (change_weight, change_setting, change_token):
+    for change in (change_weight, change_setting, change_token, move_token):
         assert len(file_of(change)) == 1
 
 
@@ -347,7 +370,7 @@ def test_what_decides_the_reference_is_in_its_key(sft_run):
 def test_a_damaged_cache_file_is_computed_again(damage, sft_run, capsys):
     values = []
     for round in range(3):
-        trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST", "eval_data=null")
+        trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST", "batch_size=400")
         trainer.eval_examples = []
         capsys.readouterr()
         trainer.fill_in_reference()
@@ -367,15 +390,43 @@ def test_a_damaged_cache_file_is_computed_again(damage, sft_run, capsys):
 
 
 def test_two_runs_at_once_leave_one_good_cache(sft_run, run, capsys):
-    command = [sys.executable, os.path.join(ROOT, "train.py"), "loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN,
-               "reference_cache=cache"]
+    settings = ["loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN, "batch_size=200", "reference_cache=cache"]
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *settings]
     both = [subprocess.Popen([*command, f"exp_name=run{i}"], env=os.environ | {"OMP_NUM_THREADS": "1"}) for i in (1, 2)]
     assert [process.wait() for process in both] == [0, 0]
     assert len(os.listdir("cache")) == 2 and all(name.endswith(".safetensors") for name in os.listdir("cache"))
     assert losses_of("runs/run1") == losses_of("runs/run2")
     capsys.readouterr()
-    run("loss=dpo", f"model={sft_run}/LATEST", *TINY_RUN, "reference_cache=cache", "exp_name=third")
+    run(*settings, "exp_name=third")
     assert reference_rows(capsys.readouterr().out) == (408, 0)
+
+
+def test_a_run_that_does_not_see_every_row_computes_no_more_than_it_sees(sft_run, run, capsys):
+    """399 of 400 rows: the reference runs in the steps, and stays; none at all: evaluation's rows alone."""
+    for settings, kept in ((["max_steps=3", "batch_size=133"], True), (["num_epochs=0.9"], True), (["max_steps=0"], False)):
+        trainer = make_trainer("loss=dpo", f"model={sft_run}/LATEST", "max_steps=null", *settings)
+        capsys.readouterr()
+        trainer.fill_in_reference()
+        assert reference_rows(capsys.readouterr().out)[1] == (8 if settings == ["max_steps=3", "batch_size=133"] else 0)
+        assert (trainer.reference.device.type != "meta") is kept
+        assert not any(trainers.REFERENCE[0] in example.columns for example in trainer.data_examples)
+
+
+def test_a_reference_that_changes_or_goes_meanwhile_stops_the_run_and_saves_it(sft_run, refused, monkeypatch):
+    """It is loaded again to be sampled from: after step 2 its folder holds other weights."""
+    shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), "ref")
+    evaluate, model = trainers.Trainer.evaluate, AutoModelForCausalLM.from_pretrained("ref")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+
+    def change(trainer):
+        if trainer.step == 2:
+            model.save_pretrained("ref")
+        evaluate(trainer)
+    monkeypatch.setattr(trainers.Trainer, "evaluate", change)
+    said = refused("loss=dpo", f"model={sft_run}/LATEST", "reference=ref", *TINY_RUN, "batch_size=200", "eval_every=1")
+    assert said.startswith("the reference is not what this run began with")
+    assert os.path.realpath("runs/dpo/LATEST").endswith("step-000002")
 
 
 def test_a_cache_that_cannot_be_written_is_refused(sft_run, refused):
@@ -387,7 +438,7 @@ def test_a_cache_that_cannot_be_written_is_refused(sft_run, refused):
 def test_rewards_at_step_0(dtype, tolerance, sft_run):
     """In evaluation exactly 0; in training as close as two ways to batch the same numbers are, in units of beta."""
     trainer = make_trainer("loss=dpo", "dpo.beta=1", f"model={sft_run}/LATEST", f"compute_dtype={dtype}",
-                           "num_eval_examples=50", "max_tokens_per_microbatch=500")
+                           "num_eval_examples=50", "max_tokens_per_microbatch=500", "max_steps=100")
     trainer.fill_in_reference()
     means = trainer.accumulate(trainer.eval_batches(trainer.eval_examples, ""), 50)
     assert means["rewards/chosen"].item() == means["rewards/margins"].item() == 0.0
@@ -1299,9 +1350,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(run, monkeyp
     before = [p.clone() for p in trainer.policy.parameters()]
     inner = trainer.losses
 
-    def losses(examples, layout):
-        values, metrics = inner(examples, layout)
-        return values * torch.tensor([math.nan if e is bad else 1.0 for e in examples]), metrics
+    def losses(batch):
+        values, metrics = inner(batch)
+        return values * torch.tensor([math.nan if e is bad else 1.0 for e in batch.examples]), metrics
 
     monkeypatch.setattr(trainer, "losses", losses)
     with pytest.raises(FloatingPointError, match=f"step 1: loss nan.*is not finite: {bad.where}\\. The weights"):
