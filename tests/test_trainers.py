@@ -561,7 +561,8 @@ def test_optimizers_step_as_torch_does(name):
         for p, ours in zip(other.parameters(), trainer.policy.parameters()):
             p.grad = ours.grad.clone()
         optimizer.step()
-    assert all(torch.equal(p, ours) for p, ours in zip(other.parameters(), trainer.policy.parameters()))
+    for p, ours in zip(other.parameters(), trainer.policy.parameters()):  # a fused step rounds in its own way
+        assert torch.allclose(p, ours, rtol=0, atol=1e-6 if trainer.optimizer.defaults.get("fused") else 0)
     assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
 
 

@@ -164,7 +164,7 @@ def load_examples(arguments, settings):
     return config, tokenizer, examples
 
 
-WARM_UP = 2  # steps
+WARM_UP = 4  # steps
 
 
 def run_here(arguments, settings):
