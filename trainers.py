@@ -1179,7 +1179,7 @@ def compile_layers(model):
 
 def keep_freed_memory():
     """Tells glibc to keep what a step frees for the next: to give it back to the system and get it again
-    takes a tenth of a step's time on a CPU. Blocks above 32 MB still go back, or they leave gaps in the heap."""
+    takes a tenth of a step's time on a CPU. Blocks above 32 MB do go back, or the heap would have gaps."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
