@@ -436,7 +436,8 @@ def test_a_cache_that_cannot_be_written_is_refused(sft_run, refused):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.05)])
 def test_rewards_at_step_0(dtype, tolerance, sft_run):
-    """In evaluation exactly 0; in training as close as two ways to batch the same numbers are, in units of beta."""
+    """In evaluation exactly 0; in training as close as two ways to batch the same numbers are, in units of beta: in
+    float32 each, in bfloat16 on average."""
     trainer = make_trainer("loss=dpo", "dpo.beta=1", f"model={sft_run}/LATEST", f"compute_dtype={dtype}",
                            "num_eval_examples=50", "max_tokens_per_microbatch=500", "max_steps=100")
     trainer.fill_in_reference()
@@ -445,7 +446,8 @@ def test_rewards_at_step_0(dtype, tolerance, sft_run):
     assert means["loss"].item() == pytest.approx(math.log(2), abs=1e-7)
     metrics = [trainer.losses(batch)[1] for position in range(0, 400, 4) for batch in trainer.train_batches(position)]
     rewards = torch.cat([m[name] for m in metrics for name in ("rewards/chosen", "rewards/rejected")])
-    assert len(rewards) == 800 and rewards.abs().mean() <= tolerance
+    error = rewards.abs().max() if dtype == "float32" else rewards.abs().mean()
+    assert len(rewards) == 800 and error <= tolerance
 
 
 # ---------------------------------------------------------------- the rest of the step
