@@ -323,6 +323,9 @@ def check_config(config):
                              + (f"{key}={path}/LATEST is one" if is_run else "give a folder that has"))
     if config.attention == "flex_attention" and not torch.cuda.is_available():
         raise InputError("attention=flex_attention has no backward on a CPU: choose sdpa or eager")
+    cache = config.reference_cache
+    if isinstance(cache, str) and os.path.lexists(cache) and not os.path.isdir(cache):
+        raise InputError(f"reference_cache={cache} is no folder: name one, or set it to true or false")
     if config.compile and not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("compile=true needs a C++ compiler on a CPU, and there is no g++: install one, or "
                          "leave it out")

@@ -42,7 +42,7 @@ START = time.monotonic()  # max_hours counts from here
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
 ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by the clock
 REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns, where they are computed once
-CHUNK_LOGITS = 2**24  # how many logits of a model exist at once where a loss reads whole distributions
+CHUNK_LOGITS = 2**24  # how many logits of a model exist at once
 
 # ---------------------------------------------------------------- models and tokenizers
 
@@ -249,6 +249,7 @@ class Trainer:
     data_fingerprint: of train_examples' rows, for a resumed run must go on with the same.
     sample_examples: the examples whose prompts are answered in each evaluation.
     dataset: the data.Dataset whose known rewards judge the samples, or None. reward_model: judges too.
+    load_reference: makes the reference again, which leaves the memory once its numbers are known.
     checkpoint: the folder to go on from, whose weights `policy` has, or None.
 
     A run is one iteration over the data. Self-play has several, each over pairs of its own: data_examples are
@@ -272,7 +273,7 @@ class Trainer:
         self.reward_model = reward_model and reward_model.eval().requires_grad_(False)
         self.optimizer = make_optimizer(policy.parameters(), config)
         self.step = self.examples = self.iteration = self.first_step = self.first_examples = 0
-        self.next_batches = None  # of the next step: (iteration, position), Batches
+        self.next_batches = {}  # (iteration, position): the Batches of the step that begins there
         if self.objective.self_play:
             self.iteration, self.train_examples = -1, []
         for model in filter(None, (policy, reference) if config.compile else ()):
@@ -476,16 +477,15 @@ class Trainer:
         Raises FloatingPointError, with the examples, if the loss or the gradient is not finite.
         """
         started = time.perf_counter()
-        place, batches = self.next_batches or (None, None)
-        if place != (self.iteration, self.position):
-            batches = self.train_batches(self.position)
+        batches = self.next_batches.pop((self.iteration, self.position), None) or (
+            self.train_batches(self.position))
         examples = [example for batch in batches for example in batch.examples]
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.accumulate(batches, self.denominator(examples), backward=True)
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).double()
-        place = self.iteration, self.position + len(examples)
-        self.next_batches = place, self.train_batches(place[1])  # made while the device is at work
+        following = self.position + len(examples)  # its batches are made while the device is at work
+        self.next_batches = {(self.iteration, following): self.train_batches(following)}
         values = torch.stack(list(sums.values())).tolist()  # the step's one wait for it
         metrics = dict(zip(sums, values))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
@@ -589,7 +589,8 @@ class Trainer:
         """Sums over each response's tokens, (K, B), of what `read` makes of the models' logits there.
 
         read(logits (n, V) of each model ..., targets (n,)) -> tensors (n,). Of many logits (N, V) only those
-        of a chunk of tokens exist at once: made when they are read, and again in the backward.
+        of a chunk of tokens exist at once: made when they are read, and, of several chunks, again in the
+        backward.
         """
         outputs = []
         for model in models:
@@ -875,7 +876,7 @@ class Trainer:
 
         They are kept in files of at most 10,000 examples, under a key of all that decides them, to the last
         bit. Evaluation's come from the very microbatches that it will use, so that rewards at step 0 are
-        exactly 0; training's from microbatches that no setting but the layout changes.
+        exactly 0; training's from microbatches that no setting of memory changes.
         """
         objective, rows = self.objective, self.data_examples
         if not (objective.needs_reference and objective.inputs == "logps" and self.config.reference_cache

@@ -155,6 +155,7 @@ BAD_INPUT = [
     (["add_bos=true"], "add_bos=true, but the tokenizer of tiny has no begin-of-sequence token"),
     (["max_length=4096"], "max_length=4096 is beyond the 2048 positions of tiny"),
     (["attention=sdpaa"], "the model tiny cannot be loaded"),
+    (["loss=dpo", "reference_cache=single.jsonl"], "reference_cache=single.jsonl is no folder: name one"),
     (["exp_name=taken"], "taken holds a run already: start it over by resume=auto"),
     (["data=single.jsonl", "max_steps=0"], "max_steps=0 only evaluates and samples, and there is nothing to"),
     (["resume=true"], "has no complete checkpoint to resume"),
