@@ -703,6 +703,16 @@ class Layout:
 SEPARATE = Layout(shared=False)
 
 
+def deal(examples, num_ranks):
+    """Deals examples, longest first, each to the rank with the fewest tokens so far: a list for each rank."""
+    hands, tokens = [[] for _ in range(num_ranks)], [0] * num_ranks
+    for i in sorted(range(len(examples)), key=lambda i: -examples[i].num_tokens):
+        rank = tokens.index(min(tokens))
+        hands[rank].append(i)
+        tokens[rank] += examples[i].num_tokens
+    return [[examples[i] for i in sorted(hand)] for hand in hands]
+
+
 def microbatches(examples, parts, max_tokens, layouts=(SEPARATE,)):
     """Cuts examples, longest first, into `parts` nearly equal parts, and these by a budget of tokens.
 
@@ -734,6 +744,7 @@ class Batch:
     targets: (N,) int64, those tokens, response after response, all chosen before all rejected.
     lengths, ends: (K * B,) int64, the responses' tokens, and the place of each one's last token.
     columns: name -> (B,) float.
+    is_idle: whether it is there only to keep pace with other ranks, and its numbers count nowhere.
 
     One pair, prompt [5, 6], chosen [7, 1], rejected [8, 9, 1], separate and shared:
 
@@ -755,6 +766,7 @@ class Batch:
     lengths: torch.Tensor
     ends: torch.Tensor
     columns: dict
+    is_idle: bool = False
 
     def to(self, device):
         """On a GPU the copies are queued, and nobody waits for them."""

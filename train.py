@@ -1,7 +1,6 @@
 """What happens in a run, in order? python train.py [--config mine.yaml] [key=value ...], or --help."""
 
 import contextlib
-import copy
 import difflib
 import fcntl
 import functools
@@ -21,6 +20,7 @@ import types
 import torch
 import transformers
 import yaml
+from torch._subclasses import FakeTensorMode
 
 import data
 import trainers
@@ -31,13 +31,17 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
-    "activation_checkpointing|compile|layout|reference_cache")
+    r"activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|world_size")
 PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
 
 
 def main(arguments):
     """Runs what the arguments ask for; returns the exit status. Raises InputError for refused input."""
     config, checkpoint = load_config(arguments)
+    if config.dry_run:
+        print_dry_run(config)
+        return 0
+    trainers.start_ranks(config)
     trainer = build_trainer(config, checkpoint)
     with lock_folder(config, checkpoint):
         trainer.restore_records()
@@ -59,6 +63,22 @@ def build_trainer(config, checkpoint=None):
     """Data, tokenizer, models and Trainer of a config, printing a summary; writes nothing."""
     trainers.keep_freed_memory()
     torch.manual_seed(config.seed)
+    inputs = load_inputs(config, checkpoint)
+    objective, tokenizer = OBJECTIVES[config.loss], inputs.tokenizer
+    head = "new scores" if objective.inputs == "scores" else None
+    policy = trainers.load_model(checkpoint or config.model, inputs.model_config, config, tokenizer, head)
+    reference = load_reference(config, checkpoint, policy, tokenizer) if objective.needs_reference else None
+    reward_model = load_other("reward_model", config.reward_model, config, tokenizer, "scores")
+    trainer = trainers.Trainer(
+        config, policy, reference, tokenizer, inputs.end_ids, inputs.train_examples,
+        inputs.reports["data"].fingerprint, inputs.eval_examples, inputs.sample_examples, inputs.judge,
+        reward_model, checkpoint, functools.partial(load_reference, config, True, None, tokenizer))
+    print_summary(trainer, inputs.dropouts, inputs.reports)
+    return trainer
+
+
+def load_inputs(config, checkpoint=None):
+    """All that a run reads but weights: tokenizer, the model's configuration, examples, reports on rows."""
     objective = OBJECTIVES[config.loss]
     named = [name for name in as_list(config.data) if name in DATASETS]
     eval_sources = as_list(config.eval_data) or named
@@ -88,17 +108,10 @@ def build_trainer(config, checkpoint=None):
     for key, report in (("data", train_report), ("eval_data", eval_report)):
         if not report.used and (eval_sources or key == "data"):
             raise InputError(f"{key} leaves no row to work with: " + "; ".join(report.lines()))
-
-    head = "new scores" if objective.inputs == "scores" else None
-    policy = trainers.load_model(model_path, model_config, config, tokenizer, head)
-    reference = load_reference(config, checkpoint, policy, tokenizer) if objective.needs_reference else None
-    reward_model = load_other("reward_model", config.reward_model, config, tokenizer, "scores")
-    trainer = trainers.Trainer(config, policy, reference, tokenizer, end_ids, train_examples,
-                               train_report.fingerprint, held_out[:config.num_eval_examples], sample_examples,
-                               judge, reward_model, checkpoint,
-                               functools.partial(load_reference, config, True, policy, tokenizer))
-    print_summary(trainer, dropouts, reports)
-    return trainer
+    return types.SimpleNamespace(
+        tokenizer=tokenizer, model_config=model_config, dropouts=dropouts, end_ids=end_ids, judge=judge,
+        train_examples=train_examples, eval_examples=held_out[:config.num_eval_examples],
+        sample_examples=sample_examples, reports=reports)
 
 
 # ---------------------------------------------------------------- config
@@ -135,7 +148,7 @@ def load_config(arguments):
     defaults, rules = read_schema()
     given = read_arguments(arguments, rules)
     config = as_namespace(defaults | given)
-    checkpoint = find_checkpoint(config)
+    checkpoint = None if config.dry_run else find_checkpoint(config)
     if checkpoint:
         saved = defaults | flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
         before, run_dir = as_namespace(saved), config.run_dir
@@ -336,8 +349,15 @@ def check_config(config):
         raise InputError(f"run_dir={config.run_dir} cannot be a run's folder, {parent} is in its place: "
                          "choose another run_dir or exp_name")
     trainers.check_optimizer(config)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("WORLD_SIZE is above 1, but this version uses one device: start it without torchrun")
+    num_ranks, replicas = int(os.environ.get("WORLD_SIZE", 1)), config.fsdp["replicas"]
+    if config.world_size and not config.dry_run:
+        raise InputError(f"world_size={config.world_size} is for dry_run=true; torchrun --nproc_per_node gives "
+                         "a run its devices")
+    num_ranks = config.world_size or num_ranks
+    if num_ranks % replicas:
+        raise InputError(f"fsdp.replicas={replicas} does not divide the {num_ranks} devices: choose another")
+    if config.fsdp["cpu_offload"] and not torch.cuda.is_available() and not config.dry_run:
+        raise InputError("fsdp.cpu_offload=true takes weights off a GPU, and there is none: leave it out")
 
 
 def check_template(config):
@@ -393,7 +413,7 @@ def load_reference(config, checkpoint, policy, tokenizer):
     the iteration, which a checkpoint holds."""
     path = config.reference or config.model
     if path == config.model and not checkpoint:
-        return copy.deepcopy(policy)
+        return policy
     if OBJECTIVES[config.loss].self_play:
         path = os.path.join(config.run_dir, f"step-{trainers.read_counters(checkpoint)['first_step']:06d}")
     elif path == "tiny" and checkpoint:
@@ -414,6 +434,9 @@ def load_other(key, path, config, tokenizer, head=None):
 @contextlib.contextmanager
 def lock_folder(config, checkpoint):
     """Makes the run's folder and keeps other processes out of it until this one ends, however it ends."""
+    if trainers.rank() > 0:  # the first holds it
+        yield
+        return
     os.makedirs(config.run_dir, exist_ok=True)
     with open(os.path.join(config.run_dir, ".lock"), "w") as lock:
         try:
@@ -439,14 +462,13 @@ def write_start(trainer):
         config.provenance |= read_provenance(path)
         config.provenance["resumed"].append({"step": trainer.step, **code})
     trainer.start_wandb()
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        yaml.dump(vars(config), file, Dumper, sort_keys=False, allow_unicode=True)
-    os.replace(path + ".partial", path)
+    if trainers.rank() == 0:
+        with open(path + ".partial", "w", encoding="utf-8") as file:
+            yaml.dump(vars(config), file, Dumper, sort_keys=False, allow_unicode=True)
+        os.replace(path + ".partial", path)
     kept = trainer.objective.self_play  # step-000000 holds the weights
     if fresh and trainer.reference and not kept and (config.reference or config.model) == "tiny":
-        with trainers.whole_folder(os.path.join(config.run_dir, "reference")) as folder:
-            trainer.reference.save_pretrained(folder)
-            trainer.tokenizer.save_pretrained(folder)
+        trainer.save_reference()
 
 
 def read_provenance(path):
@@ -501,6 +523,42 @@ def print_summary(trainer, dropouts, reports):
     if not config.add_bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's "
                               "prompts do not; if the model was trained so, set add_bos=true"))
+    for name, text in lines:
+        print(f"{name:<10} {text}")
+
+
+def print_dry_run(config):
+    """What each device would hold, how many tokens and steps there are, and how large a checkpoint is."""
+    inputs, mode, objective = load_inputs(config), FakeTensorMode(), OBJECTIVES[config.loss]
+    num_devices, replicas = config.world_size or int(os.environ.get("WORLD_SIZE", 1)), config.fsdp["replicas"]
+    computing = types.SimpleNamespace(
+        **vars(config) | {"dtype": config.compute_dtype, "activation_checkpointing": False})
+    head = "new scores" if objective.inputs == "scores" else None
+    models = [trainers.load_model(config.model, inputs.model_config, settings, inputs.tokenizer, head, mode)
+              for settings in (config, computing)]
+    examples, parts = inputs.train_examples, config.gradient_accumulation_steps
+    num_tokens, length = sum(x.num_tokens for x in examples), max(x.row_length for x in examples)
+    share = num_tokens / len(examples) * config.batch_size / num_devices  # a device's tokens in a step
+    budget = config.max_tokens_per_microbatch or 2**14  # a GPU's
+    count, num_rows = max(parts, math.ceil(share / budget)), round(min(budget, share / parts) / length)
+    num_rows = max(1, num_rows)
+    with mode:
+        held = trainers.estimate_memory(*models, config, num_devices, num_rows, length, count)
+    checkpoint = held.pop("checkpoint")
+    lines = [("model", f"{config.model}, {inputs.model_config.model_type}, "
+                       f"{sum(x.numel() for x in models[0].parameters()):,} parameters in {config.dtype}, "
+                       f"computing in {config.compute_dtype}"),
+             ("devices", f"{num_devices}, with {replicas} x {num_devices // replicas} shards of it; on each")]
+    lines += [("", f"{size / 2**20:>12,.1f} MiB  {name}") for name, size in held.items()]
+    lines += [("", f"{sum(held.values()) / 2**20:>12,.1f} MiB  in all, with microbatches of {num_rows:,} x "
+                   f"{length:,} tokens")]
+    if objective.needs_reference:
+        lines += [("", f"{held['weights'] / 2**20:>12,.1f} MiB  more, if the reference is as large, until its "
+                       "numbers are known")]
+    lines += [("data", f"{len(examples):,} rows and {num_tokens:,} tokens, "
+                       f"{math.ceil(len(examples) / config.batch_size):,} steps an epoch; on a device "
+                       f"{count:,} microbatches a step"),
+              ("checkpoint", f"{checkpoint / 2**20:,.1f} MiB")]
     for name, text in lines:
         print(f"{name:<10} {text}")
 

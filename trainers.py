@@ -1,9 +1,12 @@
 """How do we step, evaluate, sample, save?"""
 
 import collections
+import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import dataclasses
+import datetime
 import functools
 import hashlib
 import inspect
@@ -22,9 +25,16 @@ import zlib
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -34,11 +44,12 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import (REWARDS, SEPARATE, InputError, Layout, collate, first_line, microbatches, stream,
+from data import (REWARDS, SEPARATE, InputError, Layout, collate, deal, first_line, microbatches, stream,
                   train_tokenizer)
 from losses import OBJECTIVES
 
 START = time.monotonic()  # max_hours counts from here
+TIMEOUT = datetime.timedelta(minutes=30)  # a rank waits for the others no longer
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
 ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by the clock
 REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns, where they are computed once
@@ -86,13 +97,16 @@ def load_model_config(path, config, tokenizer):
     return model_config, dropouts
 
 
-def load_model(path, model_config, config, tokenizer, head=None):
+def load_model(path, model_config, config, tokenizer, head=None, blank=None):
     """The causal language model at `path`, on this run's device. Raises InputError if it is not whole.
 
+    Of several ranks the first reads it, into the host's memory, and the others get it on the meta device.
+    blank: a context in which to make the model without its weights; null: where this rank has to.
     head: None; or `scores` for a reward model, with a scalar head in the language model's place; or
     `new scores`, which also takes a model without such a head and gives it one.
     """
     auto_class = AutoModelForCausalLM
+    blank = blank or (torch.device("meta") if rank() > 0 else None)
     if head:
         auto_class = AutoModelForSequenceClassification
         model_config.num_labels = 1
@@ -101,7 +115,10 @@ def load_model(path, model_config, config, tokenizer, head=None):
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention,
                "trust_remote_code": config.trust_remote_code}
     with refusing(f"the model {path}"):
-        if path == "tiny":
+        if blank:
+            with blank:
+                model = auto_class.from_config(model_config, **options)
+        elif path == "tiny":
             model = auto_class.from_config(model_config, **options)
         else:
             model, info = auto_class.from_pretrained(path, config=model_config, output_loading_info=True,
@@ -119,11 +136,12 @@ def load_model(path, model_config, config, tokenizer, head=None):
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
                          "choose the tokenizer that belongs to the model")
-    check_causal(model, path)
+    if not blank:
+        check_causal(model, path)
     if config.activation_checkpointing:
         with refusing(f"the model {path} with activation_checkpointing"):
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device()) if num_ranks() == 1 and not blank else model
 
 
 @torch.no_grad()
@@ -162,9 +180,11 @@ def fingerprint(model):
     """sha256 over the model's weights: names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        values = whole(tensor)
+        if rank() == 0:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return from_first(digest.hexdigest())
 
 
 @contextlib.contextmanager
@@ -174,6 +194,224 @@ def refusing(what):
         yield
     except Exception as error:  # of any kind: a config.json can be wrong in many ways
         raise InputError(f"{what} cannot be loaded: {first_line(error)}") from error
+
+
+# ---------------------------------------------------------------- ranks: on one process these do nothing
+
+
+def start_ranks(config):
+    """Joins the processes that torchrun started, if they are several. Only what the first prints is shown."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    wait_for_all()  # none goes on, and writes, before all have read what was there
+
+
+def num_ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def device():
+    """Where this rank computes."""
+    has_gpu = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+
+
+def from_all(value):
+    """A list of every rank's value, on all of them."""
+    values = [value] * num_ranks()
+    if num_ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value):
+    """The first rank's value, on all."""
+    values = [value]
+    if num_ranks() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def sum_over_ranks(values):
+    """Sums of each of a list of numbers, in float64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if num_ranks() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def wait_for_all(group=None):
+    if num_ranks() > 1:
+        dist.monitored_barrier(group, TIMEOUT)
+
+
+def spread(model, config):
+    """The model sharded over all ranks by FSDP2, with the first rank's weights; what it is made from stays.
+
+    Each layer is gathered when it runs; what is outside of the layers (embeddings, last norm, head) from
+    `within` to the end of the backward. Raises InputError where transformers marks no layers.
+    """
+    sharded = model if num_ranks() == 1 else hollow(model)
+    if config.compile:
+        compile_layers(sharded)
+    if num_ranks() == 1:
+        return model
+    fsdp = config.fsdp
+    mesh = init_device_mesh(device().type, (fsdp["replicas"], num_ranks() // fsdp["replicas"]),
+                            mesh_dim_names=("replicas", "shards"))
+    options = {
+        "mesh": mesh if fsdp["replicas"] > 1 else mesh["shards"],
+        "mp_policy": MixedPrecisionPolicy(getattr(torch, config.compute_dtype), reduce_dtype(config)),
+        "offload_policy": CPUOffloadPolicy() if fsdp["cpu_offload"] else OffloadPolicy()}
+    for layer in decoder_layers(sharded):
+        fully_shard(layer, reshard_after_forward=fsdp["reshard_after_forward"], **options)
+    fully_shard(sharded, reshard_after_forward=False, **options)
+    sharded.to_empty(device="cpu" if fsdp["cpu_offload"] else device())
+    sharded.tie_weights()
+    set_model_state_dict(sharded, model.state_dict() if rank() == 0 else {},
+                         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers()} if rank() == 0 else {}
+    buffers = from_first(buffers)
+    for name, buffer in buffers.items():  # rotary frequencies are in no state dict
+        parent, _, name = name.rpartition(".")
+        sharded.get_submodule(parent)._buffers[name] = buffer.to(device())
+    sharded.within = lambda read: read()
+    register_fsdp_forward_method(sharded, "within")
+    return sharded
+
+
+def hollow(model):
+    """A copy of a model on the meta device."""
+    memo = {id(x): torch.nn.Parameter(x.to("meta"), x.requires_grad) for x in model.parameters()}
+    memo |= {id(x): x.to("meta") for x in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def reduce_dtype(config):
+    """Gradients cross ranks in float32 at least."""
+    return torch.promote_types(getattr(torch, config.dtype), torch.float32)
+
+
+def sync_gradients(model, is_last):
+    """Whether the next backward reduces the gradients over ranks, or adds them up where they are."""
+    model.set_requires_gradient_sync(is_last)
+    model.set_is_last_backward(is_last)
+
+
+def within(model, read):
+    """read(), and in a sharded model what is outside of its layers is whole until the backward has ended."""
+    return model.within(read) if isinstance(model, FSDPModule) else read()
+
+
+@contextlib.contextmanager
+def gathered(model, config):
+    """While it lasts a rank may run a sharded model by itself: each holds all weights. Yields whether not:
+
+    where they do not fit into a device's memory, and generate() must keep the ranks in step instead.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not modules or not fits_whole(model, config):
+        yield bool(modules)
+        return
+    model.set_reshard_after_forward(False)
+    try:
+        for module in modules:
+            module.unshard()
+        yield False
+    finally:
+        for module in modules:
+            module.reshard()
+        model.set_reshard_after_forward(config.fsdp["reshard_after_forward"])
+        model.set_reshard_after_forward(False, recurse=False)  # the root, as before
+
+
+def fits_whole(model, config):
+    """Whether half of the memory that is free on every rank's GPU holds all weights."""
+    if device().type == "cpu":
+        return True
+    num_bytes = sum(x.numel() for x in model.parameters()) * getattr(torch, config.compute_dtype).itemsize
+    return all(from_all(2 * num_bytes < torch.cuda.mem_get_info()[0]))
+
+
+def local_tensor(x):
+    """What this rank holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(tensor):
+    """A sharded tensor, or any other, with all that it has; all ranks must ask for it."""
+    return tensor.to(device()).full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(model):
+    """A model's state dict on the CPU, on the first rank; the others, which ask too, get an empty one."""
+    tensors, state = {}, {}  # tied weights are one tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in tensors:
+            values = whole(tensor.detach())
+            tensors[id(tensor)] = values.cpu() if rank() == 0 else None
+        state[name] = tensors[id(tensor)]
+    return state if rank() == 0 else {}
+
+
+def estimate_memory(model, computing, config, num_devices, num_rows, length, num_microbatches):
+    """Bytes on each of so many devices, {what: bytes}, for a model of fake tensors, in their mode.
+
+    computing: the same in compute_dtype, without activation checkpointing. A microbatch has so many rows of
+    `length` tokens, and a device so many of them in a step. Activations are what one forward keeps for its
+    backward, counted tensor by tensor; with activation checkpointing what follows from that.
+    """
+    def num_bytes(tensors, shards=1):  # FSDP cuts the first dimension
+        return sum(math.ceil(x.shape[0] / shards) * x[0].numel() * x.element_size() if x.dim() else
+                   x.element_size() for x in tensors)
+
+    fsdp, weights = config.fsdp, list(model.parameters())
+    shards = num_devices // fsdp["replicas"]
+    shapes = {x.shape for x in weights}
+    optimizer = make_optimizer(weights, config)
+    for x in weights:
+        x.grad = torch.zeros_like(x)
+    optimizer.step()
+    state = [x for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
+    held = {"weights": num_bytes(weights, shards), "gradients": num_bytes(weights, shards),
+            "optimizer state": num_bytes([x for x in state if x.shape in shapes], shards)
+            + num_bytes([x for x in state if x.shape not in shapes])}
+    held["checkpoint"] = num_bytes(weights) + num_bytes(state)
+
+    layers = decoder_layers(computing)
+    inside = {x for layer in layers for x in layer.parameters()}
+    if shards > 1 and fsdp["reduce_once"] and num_microbatches > 1:
+        held["whole gradients"] = sum(x.numel() for x in weights) * reduce_dtype(config).itemsize
+    if shards > 1:  # the next layer is gathered while one runs
+        held["gathered weights"] = num_bytes(x for x in computing.parameters() if x not in inside) + (
+            2 * max(num_bytes(layer.parameters()) for layer in layers))
+    own, saved = {x.untyped_storage()._cdata for x in computing.parameters()}, {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage  # kept, or its address would be used again
+        return x
+    ids = torch.zeros(num_rows, length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        states = decoder_of(computing)(input_ids=ids, use_cache=False)[0]
+    activations = sum(storage.nbytes() for storage in saved.values())
+    if config.activation_checkpointing:  # each layer's input, and one layer's own
+        activations = len(layers) * states.numel() * states.element_size() + activations / len(layers)
+    vocab_size = model.config.get_text_config().vocab_size
+    logits = min(num_rows * length * vocab_size, CHUNK_LOGITS + vocab_size)
+    held["activations"] = activations + logits * (2 * 4 + states.element_size())  # float32, and its gradient
+    return held
 
 
 # ---------------------------------------------------------------- optimizer
@@ -248,7 +486,8 @@ class Trainer:
 
     data_fingerprint: of train_examples' rows, for a resumed run must go on with the same.
     sample_examples: the examples whose prompts are answered in each evaluation.
-    dataset: the data.Dataset whose known rewards judge the samples, or None. reward_model: judges too.
+    policy, reference, reward_model: as load_model gives them; the reference may be the policy itself, as it
+    is now. The last judges samples, as does dataset, the data.Dataset whose rewards are known, or None.
     load_reference: makes the reference again, which leaves the memory once its numbers are known.
     checkpoint: the folder to go on from, whose weights `policy` has, or None.
 
@@ -262,25 +501,30 @@ class Trainer:
                  load_reference=None):
         self.config = config
         self.objective = OBJECTIVES[config.loss]
-        self.policy = policy.train()
-        self.reference = reference and reference.eval().requires_grad_(False)
-        self.fingerprints = {"data": data_fingerprint, "reference": reference and fingerprint(reference),
-                             "reward_model": reward_model and fingerprint(reward_model)}
+        self.policy, self.reference, self.reward_model = policy, reference, reward_model
         self.tokenizer, self.end_ids = tokenizer, end_ids
         self.data_examples, self.train_examples = train_examples, train_examples
         self.eval_examples, self.sample_examples = eval_examples, sample_examples
         self.dataset, self.load_reference = dataset, load_reference
-        self.reward_model = reward_model and reward_model.eval().requires_grad_(False)
-        self.optimizer = make_optimizer(policy.parameters(), config)
         self.step = self.examples = self.iteration = self.first_step = self.first_examples = 0
-        self.next_batches = {}  # (iteration, position): the Batches of the step that begins there
+        self.next_batches = {}  # (iteration, position): train_batches of the step that begins there
         if self.objective.self_play:
             self.iteration, self.train_examples = -1, []
-        for model in filter(None, (policy, reference) if config.compile else ()):
-            compile_layers(model)
         self.precise = False  # while the layouts are compared
-        self.layouts = self.choose_layouts()
-        self.saved_step = None
+        self.layouts = from_first(self.choose_layouts() if rank() == 0 else None)
+        self.policy_shell, self.reference_shell = hollow(policy), reference and hollow(reference)
+        if reference is policy and num_ranks() == 1:
+            reference = copy.deepcopy(policy)
+        self.policy = spread(policy, config).train()
+        self.reference = reference and spread(reference, config).eval().requires_grad_(False)
+        self.reward_model = reward_model and spread(reward_model, config).eval().requires_grad_(False)
+        self.fingerprints = {"data": data_fingerprint, "reference": reference and fingerprint(self.reference),
+                             "reward_model": reward_model and fingerprint(self.reward_model)}
+        self.optimizer = make_optimizer(self.policy.parameters(), config)
+        self.saved_step = self.save_in_progress = self.saver = self.save_group = None
+        if config.async_save:
+            self.saver = concurrent.futures.ThreadPoolExecutor(1)
+            self.save_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if num_ranks() > 1 else None
         self.stop = None  # signal number, or "max_hours"
         self.throughput = collections.Counter()  # since the last logged step
         self.wandb = None
@@ -297,7 +541,8 @@ class Trainer:
         if self.config.layout == "separate":
             return (SEPARATE,)
         read = self.response_scores if self.objective.inputs == "scores" else self.response_logps
-        models = [(self.policy, read), (self.reference, read), (self.reward_model, self.response_scores)]
+        reference = None if self.reference is self.policy else self.reference
+        models = [(self.policy, read), (reference, read), (self.reward_model, self.response_scores)]
         reason = next(filter(None, (self.why_not_shared(*pair) for pair in models if pair[0])), None)
         if reason and self.config.layout == "shared":
             raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
@@ -395,8 +640,8 @@ class Trainer:
 
     def train(self):
         """Runs to the end or until asked to stop; returns None, the signal's number or "max_hours"."""
-        with self.catch_signals(), tqdm(total=self.num_steps, initial=self.step, unit="step",
-                                        disable=None) as bar:
+        with self.catch_signals(), progress(None, "", total=self.num_steps, initial=self.step, unit="step",
+                                            leave=True) as bar:
             try:
                 self.fill_in_rewards()
                 self.fill_in_reference()
@@ -425,6 +670,8 @@ class Trainer:
                 if self.step > (self.saved_step or 0):
                     self.save()
                 raise
+            finally:
+                self.finish_save()
         if self.wandb:
             self.wandb.finish()
         return self.stop
@@ -464,8 +711,10 @@ class Trainer:
                 signal.signal(number, handler)
 
     def check_stop(self):
+        """Raises Stopped on all ranks, where one of them has been asked to stop."""
         if self.config.max_hours is not None and time.monotonic() - START > 3600 * self.config.max_hours:
             self.stop = self.stop or "max_hours"
+        self.stop = next(filter(None, from_all(self.stop)), None)
         if self.stop:
             raise Stopped
 
@@ -477,19 +726,19 @@ class Trainer:
         Raises FloatingPointError, with the examples, if the loss or the gradient is not finite.
         """
         started = time.perf_counter()
-        batches = self.next_batches.pop((self.iteration, self.position), None) or (
+        examples, batches = self.next_batches.pop((self.iteration, self.position), None) or (
             self.train_batches(self.position))
-        examples = [example for batch in batches for example in batch.examples]
+        denominator = self.denominator(examples)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self.accumulate(batches, self.denominator(examples), backward=True)
+        sums = self.accumulate(batches, denominator, backward=True)
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).double()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)).double()
         following = self.position + len(examples)  # its batches are made while the device is at work
         self.next_batches = {(self.iteration, following): self.train_batches(following)}
-        values = torch.stack(list(sums.values())).tolist()  # the step's one wait for it
-        metrics = dict(zip(sums, values))
+        *values, grad_norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for it
+        metrics = means(sums, values, denominator, len(examples)) | {"grad_norm": grad_norm}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise FloatingPointError(self.describe_failure(metrics, batches))
+            raise FloatingPointError(self.describe_failure(metrics, examples, batches))
         metrics["lr"] = learning_rate(self.step - self.first_step, self.last_step - self.first_step,
                                       self.setting("lr", self.config.lr), self.config)
         for group in self.optimizer.param_groups:
@@ -504,13 +753,19 @@ class Trainer:
         return metrics
 
     def train_batches(self, position):
-        """The Batches of the step that begins at a position of the iteration's stream of examples."""
+        """The examples of the step that begins at a position of the iteration's stream; this rank's Batches.
+
+        Each rank gets as many Batches as the others, and nearly as many tokens.
+        """
         stop = min(position + self.config.batch_size, self.num_positions(len(self.train_examples)))
         rows = stream(len(self.train_examples), position, stop,
                       seed=self.config.seed + 7_368_787 * self.iteration, shuffle=self.config.shuffle)
         examples = [self.train_examples[row] for row in rows]
-        return [self.collate(*cut) for cut in self.cut(
-            examples, self.config.gradient_accumulation_steps, self.config.max_tokens_per_microbatch)]
+        cuts = [self.cut(hand, self.config.gradient_accumulation_steps, self.config.max_tokens_per_microbatch)
+                for hand in deal(examples, num_ranks())]
+        idle = ([examples[-1:]] if examples else [], SEPARATE, True)
+        mine = cuts[rank()] + [idle] * (max(map(len, cuts)) - len(cuts[rank()]))
+        return examples, [self.collate(*cut) for cut in mine]
 
     def place(self):
         """Where in its iteration the run stands."""
@@ -518,24 +773,20 @@ class Trainer:
         return place | ({"iteration": max(0, self.iteration)} if self.objective.self_play else {})
 
     def accumulate(self, batches, denominator, backward=False):
-        """Means over all examples of Batches: {name: 0-d float64 tensor}, `loss` first.
+        """Sums over the examples of this rank's Batches: {name: 0-d float64 tensor}, `loss` first.
 
-        `loss` and its parts are sums over `denominator`; with backward loss's gradient is added to .grad.
+        With backward the gradient of the mean loss, over the global batch's denominator, is added to .grad.
         """
-        sums, num_examples = collections.defaultdict(float), 0
-        for batch in batches:
+        sums = collections.defaultdict(float)
+        for number, batch in enumerate(batches, 1):
             losses, metrics = self.losses(batch)
             if backward:
-                (losses.sum() / denominator).backward()
-            num_examples += len(batch.examples)
+                if num_ranks() > 1:
+                    sync_gradients(self.policy, number == len(batches) or not self.config.fsdp["reduce_once"])
+                (losses.sum() * (0 if batch.is_idle else num_ranks()) / denominator).backward()
             for name, value in {"loss": losses.detach(), **metrics}.items():
-                sums[name] += value.double().sum()
-        means = {name: value / (denominator if name.endswith("loss") else num_examples)
-                 for name, value in sums.items()}
-        if "rewards/mean_square" in means:
-            variance = means.pop("rewards/mean_square") - means["rewards/mean"] ** 2
-            means["rewards/std"] = variance.clamp(min=0).sqrt()
-        return means
+                sums[name] += value.double().sum() * (not batch.is_idle)
+        return sums
 
     def loss_name(self, examples):
         """The name of the loss of these examples: the config's; in self-play, of rows as in the data, sft."""
@@ -579,7 +830,7 @@ class Trainer:
     def response_scores(self, model, batch):
         """A reward model's scores (K, B) of a Batch's responses: its head at each one's last token."""
         with self.autocast(), shared_attention(model, batch):
-            states = model.base_model(**model_inputs(batch))[0]
+            states = within(model, lambda: model.base_model(**model_inputs(batch))[0])
         hidden = as_float(states.flatten(0, 1)[batch.ends])  # (K * B, D)
         head = model.score  # in float32, for of bfloat16 scores many would be equal
         scores = F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
@@ -595,7 +846,7 @@ class Trainer:
         outputs = []
         for model in models:
             with self.autocast(), shared_attention(model, batch), self.gradients(model):
-                outputs.append(decoder_of(model)(**model_inputs(batch)))
+                outputs.append(decode(model, model_inputs(batch)))
         states = [output[0].flatten(0, 1)[batch.states] for output in outputs]  # (N, D) each
 
         def read_chunk(targets, *hidden):
@@ -633,17 +884,19 @@ class Trainer:
     def autocast(self):
         """bfloat16 arithmetic on float32 weights, if the config asks for it."""
         types = self.config.compute_dtype, self.config.dtype
-        enabled = types == ("bfloat16", "float32") and not self.precise
-        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=enabled)
+        enabled = types == ("bfloat16", "float32") and not self.precise and num_ranks() == 1
+        return torch.autocast(device().type, torch.bfloat16, enabled=enabled)  # FSDP has its own
 
-    def describe_failure(self, metrics, batches):
+    def describe_failure(self, metrics, examples, batches):
         bad = []
         with torch.no_grad():
             for batch in batches:
                 finite = self.losses(batch)[0].isfinite().tolist()
-                bad += [example.where for example, fine in zip(batch.examples, finite) if not fine]
+                bad += [example.where for example, fine in zip(batch.examples, finite)
+                        if not (fine or batch.is_idle)]
+        bad = sum(from_all(bad), [])
         what = "the examples whose loss is not finite" if bad else "each example's loss is finite; the batch"
-        bad = bad or [example.where for batch in batches for example in batch.examples]
+        bad = bad or [example.where for example in examples]
         numbers = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
         saved = "nothing is saved yet" if self.saved_step is None else f"step {self.saved_step} is saved"
         return (f"step {self.step + 1}: {numbers}; {what}: {', '.join(bad)}. The weights were not touched, "
@@ -655,9 +908,10 @@ class Trainer:
     def evaluate(self):
         """Metrics over the held-out examples, then samples; changes neither weights nor random state."""
         self.policy.eval()
-        batches = self.eval_batches(self.eval_examples, "evaluating")
-        means = self.accumulate(batches, self.denominator(self.eval_examples))
-        metrics = {name: value.item() for name, value in means.items()}
+        denominator = self.denominator(self.eval_examples)
+        sums = self.accumulate(self.eval_batches(self.eval_examples, "evaluating"), denominator)
+        values = torch.stack(list(sums.values())).tolist()
+        metrics = means(sums, values, denominator, len(self.eval_examples))
         if self.sample_examples:
             metrics |= self.sample()
         metrics |= self.place()
@@ -673,20 +927,35 @@ class Trainer:
                         self.config.max_tokens_per_microbatch)
 
     def batches(self, cuts, title):
-        """Batches of what `cut` returned, one by one, with a bar; raises Stopped between them."""
-        for cut in tqdm(cuts, desc=title, unit="batch", leave=False, disable=None):
+        """This rank's Batches of what `cut` returned, with a bar; raises Stopped between them."""
+        cuts = [*cuts, *[(*cuts[-1][:2], True)] * (-len(cuts) % num_ranks())]
+        for cut in progress(cuts[rank()::num_ranks()], title, unit="batch"):
             self.check_stop()
             yield self.collate(*cut)
+
+    def for_each(self, examples, cuts, title, read):
+        """What read(batch), (K, B), gives for each of the examples: lists of K floats, on every rank.
+
+        cuts: the examples in microbatches, which the ranks share among them.
+        """
+        places, rows = {id(example): place for place, example in enumerate(examples)}, {}
+        for batch in self.batches(cuts, title):
+            values = read(batch).T.tolist()
+            if not batch.is_idle:
+                rows |= {places[id(example)]: row for example, row in zip(batch.examples, values)}
+        rows = {place: row for part in from_all(rows) for place, row in part.items()}
+        return [rows[place] for place in range(len(examples))]
 
     def cut(self, examples, parts, budget):
         """data.microbatches of this run; a budget of None suits the caches of a CPU, or fills a GPU."""
         usual = 2**11 if self.config.compute_dtype == "bfloat16" else 2**10
-        usual = 2**14 if self.policy.device.type == "cuda" else usual
+        usual = 2**14 if device().type == "cuda" else usual
         return microbatches(examples, parts, budget or usual, self.layouts)
 
-    def collate(self, examples, layout):
+    def collate(self, examples, layout, is_idle=False):
         dtype = torch.promote_types(self.policy.dtype, torch.float32)
-        return collate(examples, dtype, layout).to(self.policy.device)
+        batch = collate(examples, dtype, layout).to(device())
+        return dataclasses.replace(batch, is_idle=is_idle)
 
     def sample(self):
         """Answers of policy and reference to the same prompts; prints and writes num_samples of them.
@@ -767,10 +1036,10 @@ class Trainer:
 
     def sample_kl(self, samples):
         """Mean over samples of log pi - log ref on the sampled ids, in nats, clipped below at 0."""
-        total = 0.0
-        for batch in self.eval_batches(self.with_responses(samples), "KL"):
-            ratios = self.response_logps(self.policy, batch) - self.response_logps(self.reference, batch)
-            total += ratios.double().sum().item()
+        def ratios(batch):
+            return self.response_logps(self.policy, batch) - self.response_logps(self.reference, batch)
+        examples = self.with_responses(samples)
+        total = sum(ratio for ratio, in self.for_each(examples, self.eval_cuts(examples), "KL", ratios))
         return max(0.0, total / len(samples))
 
     def with_responses(self, samples):
@@ -798,41 +1067,51 @@ class Trainer:
 
         rooms: tokens that each response may have at most, no more for a longer prompt; and fewer where the
         positions of a model that will read it end. Each has noise of its own seed, so a sample depends on its
-        prompt and seed, not on the batch. A batch of which all are in `known` is skipped.
+        prompt and seed, not on the batch, nor on the number of ranks, each of which does a batch at a time. A
+        batch of which all are in `known` is skipped.
         """
         positions = min(getattr(reader.config.get_text_config(), "max_position_embeddings", None) or math.inf
                         for reader in (self.policy, self.reference, self.reward_model) if reader)
         rooms = [min(room, positions - len(example.prompt)) for room, example in zip(rooms, examples)]
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
-        batches = []
+        batches, size = [], min(self.config.eval_batch_size, math.ceil(len(examples) / num_ranks()))
         for i in order:  # generate() goes on for all until the first, with the most room, is done
-            if batches and len(batches[-1]) < self.config.eval_batch_size and (
+            if batches and len(batches[-1]) < size and (
                     len(examples[i].prompt) + rooms[batches[-1][0]] <= positions):
                 batches[-1].append(i)
             else:
                 batches.append([i])
+        batches = [batch for batch in batches if not known.issuperset(batch)]
         pad = self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         kept = model.generation_config  # put aside, or its repetition penalty and the like are mixed in
         model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids,
                                                    pad_token_id=pad)
         try:
-            for batch in tqdm(batches, desc="sampling", unit="batch", leave=False, disable=None):
-                if known.issuperset(batch):
-                    continue
-                self.check_stop()
-                prompts = [torch.from_numpy(examples[i].prompt).long() for i in batch]
-                input_ids = pad_sequence(prompts, True, pad, "left").to(model.device)
-                mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, "left")
-                noise = SeededSampling([seeds[i] for i in batch], **sampling)
-                eager = torch.compiler.set_stance("force_eager") if self.config.compile else (
-                    contextlib.nullcontext())  # or it would compile for each new length of the cache
-                with self.autocast(), eager:
-                    output = model.generate(input_ids, attention_mask=mask.to(model.device),
-                                            max_new_tokens=rooms[batch[0]], logits_processor=[noise])
-                responses = output[:, input_ids.shape[1]:].tolist()
-                yield batch, [self.up_to_end(ids)[:rooms[i]] for i, ids in zip(batch, responses)]
+            with gathered(model, self.config) as in_step:
+                for start in progress(range(0, len(batches), num_ranks()), "sampling", unit="batch"):
+                    self.check_stop()
+                    at_once = batches[start:start + num_ranks()]
+                    is_idle = rank() >= len(at_once)
+                    batch = at_once[0][:1] if is_idle else at_once[rank()]
+                    noise = SeededSampling([seeds[i] for i in batch], **sampling)
+                    prompts = [torch.from_numpy(examples[i].prompt).long() for i in batch]
+                    output = self.answer(model, prompts, 1 if is_idle else rooms[batch[0]], noise, in_step)
+                    drawn = [self.up_to_end(ids)[:rooms[i]] for i, ids in zip(batch, output)]
+                    yield from zip(at_once, from_all(drawn))
         finally:
             model.generation_config = kept
+
+    def answer(self, model, prompts, max_new_tokens, noise, in_step):
+        """generate() on left-padded prompts: lists of ids. in_step: as long as the slowest rank's."""
+        pad = model.generation_config.pad_token_id
+        input_ids = pad_sequence(prompts, True, pad, "left").to(device())
+        mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, "left").to(device())
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else (
+            contextlib.nullcontext())  # or it would compile for each new length of the cache
+        with self.autocast(), eager:
+            output = model.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens,
+                                    logits_processor=[noise], synced_gpus=in_step)
+        return output[:, input_ids.shape[1]:].tolist()
 
     def up_to_end(self, ids):
         return ids[:next((at + 1 for at, token in enumerate(ids) if token in self.end_ids), len(ids))]
@@ -842,11 +1121,8 @@ class Trainer:
     @torch.no_grad()
     def score(self, examples, what):
         """The reward model's scores of examples' responses: lists of floats, in the examples' order."""
-        scores = {}
-        for batch in self.eval_batches(examples, f"scoring {what}"):
-            values = self.response_scores(self.reward_model, batch)
-            scores |= {id(example): row for example, row in zip(batch.examples, values.T.tolist())}
-        return [scores[id(example)] for example in examples]
+        read = functools.partial(self.response_scores, self.reward_model)
+        return self.for_each(examples, self.eval_cuts(examples), f"scoring {what}", read)
 
     def fill_in_rewards(self):
         """Scores the pairs that lack the rewards that the loss needs; rewards.jsonl keeps what was scored."""
@@ -855,9 +1131,9 @@ class Trainer:
         if not lacking:
             return
         judge = self.fingerprints["reward_model"].encode()
-        kept = cut_back(self.path("rewards.jsonl"), lambda line: {"key", *REWARDS} <= line.keys())
+        kept = self.cut_back("rewards.jsonl", lambda line: {"key", *REWARDS} <= line.keys())
         known = {line["key"]: line for line in kept}
-        for start in tqdm(range(0, len(lacking), 1000), desc="rewards, 1,000 pairs at a time", disable=None):
+        for start in progress(range(0, len(lacking), 1000), "rewards, 1,000 pairs at a time"):
             part = [dataclasses.replace(example, columns={}) for example in lacking[start:start + 1000]]
             keys = [hashlib.sha256(b"|".join([judge, *(ids.tobytes() for ids in (
                 example.prompt, *example.responses))])).hexdigest() for example in part]
@@ -883,9 +1159,10 @@ class Trainer:
                 and not objective.self_play):
             return
         try:
-            os.makedirs(self.cache_folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.cache_folder):
-                pass
+            if rank() == 0:
+                os.makedirs(self.cache_folder, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.cache_folder):
+                    pass
         except OSError as error:
             raise InputError(f"reference_cache={self.cache_folder} cannot be written, {error.strerror}: "
                              "name another folder, or set it to false") from error
@@ -902,7 +1179,7 @@ class Trainer:
         tqdm.write(f"reference  log-probabilities of {found:,} rows read from {self.cache_folder}, of "
                    f"{total - found:,} computed, {time.monotonic() - started:.1f} s")
         if rows or limit == 0:
-            self.reference.to("meta")
+            self.reference = self.reference_shell
 
     @property
     def cache_folder(self):
@@ -918,43 +1195,41 @@ class Trainer:
         settings = {k: v for k, v in self.reference.config.to_dict().items() if k not in unread}
         shapes = [(len(part), layout.shared) for part, layout in cuts]
         arithmetic = [self.config.dtype, self.config.compute_dtype, self.config.compile, torch.__version__,
-                      self.reference.config._attn_implementation, self.policy.device.type]
+                      self.reference.config._attn_implementation, device().type]
+        if num_ranks() > 1 and self.config.compute_dtype != self.config.dtype:
+            arithmetic.append("fsdp")  # which has no autocast
         digest = hashlib.sha256(repr([self.fingerprints["reference"], sorted(settings.items()), shapes,
                                       arithmetic]).encode())
         for example in examples:
             for ids in (example.prompt, *example.responses):
                 digest.update(len(ids).to_bytes(4) + ids.tobytes())
         path = os.path.join(self.cache_folder, digest.hexdigest() + ".safetensors")
-        logps = read_checked(path, (len(examples), len(examples[0].responses)))
-        if logps is not None:
-            rows = dict(zip(map(id, examples), logps.tolist()))
-        else:
-            rows = {}
-            for batch in self.batches(cuts, "reference"):
-                values = self.response_logps(self.reference, batch)
-                rows |= dict(zip(map(id, batch.examples), values.T.tolist()))
-            values = [rows[id(example)] for example in examples]
-            write_checked(path, torch.tensor(values, dtype=torch.float64))
-        for example in examples:
-            example.columns |= dict(zip(REFERENCE, rows[id(example)]))
-        return 0 if logps is None else len(examples)
+        shape = (len(examples), len(examples[0].responses))
+        kept = from_first(read_checked(path, shape) if rank() == 0 else None)
+        logps = kept
+        if kept is None:
+            read = functools.partial(self.response_logps, self.reference)
+            logps = torch.tensor(self.for_each(examples, cuts, "reference", read), dtype=torch.float64)
+            if rank() == 0:
+                write_checked(path, logps)
+        for example, row in zip(examples, logps.tolist()):
+            example.columns |= dict(zip(REFERENCE, row))
+        return 0 if kept is None else len(examples)
 
     @contextlib.contextmanager
     def reference_in_memory(self):
         """Loads the reference again for a while, if it left. Raises InputError if it is another meanwhile."""
         left = self.reference.device.type == "meta"
         if left:
-            self.reference = self.load_reference().eval().requires_grad_(False)
+            self.reference = spread(self.load_reference(), self.config).eval().requires_grad_(False)
             if fingerprint(self.reference) != self.fingerprints["reference"]:
                 raise InputError("the reference is not what this run began with, its content differs: put it "
                                  "back, and go on by resume=true")
-            if self.config.compile:
-                compile_layers(self.reference)
         try:
             yield
         finally:
             if left:
-                self.reference.to("meta")
+                self.reference = self.reference_shell
 
     @torch.no_grad()
     def next_iteration(self):
@@ -972,12 +1247,12 @@ class Trainer:
         seeds = [zlib.crc32(f"{self.config.seed} {iteration} {row}".encode())  # a CPU generator reads 32 bits
                  for row in range(len(examples))]
         key = self.answers_key(iteration)
-        known = {line["row"] for line in cut_back(self.path(name), lambda line: line.get("key") == key)}
+        known = {line["row"] for line in self.cut_back(name, lambda line: line.get("key") == key)}
         tqdm.write(f"iteration {iteration}: answering {len(examples):,} prompts, {len(known):,} of them "
                    f"already in {name}")
         for rows, answers in self.sample_batches(self.reference, examples, rooms, seeds, sampling, known):
             if known.intersection(rows):  # of a batch that was written in part all is written again
-                cut_back(self.path(name), lambda line: line["row"] not in rows)
+                self.cut_back(name, lambda line: line["row"] not in rows)
             self.write(name, [
                 {"row": row, "where": examples[row].where,
                  "prompt": self.tokenizer.decode(examples[row].prompt), "response": self.decode(ids),
@@ -997,6 +1272,7 @@ class Trainer:
 
     def pair_answers(self):
         """train_examples of this iteration: the data's responses against the answers in generated-*.jsonl."""
+        wait_for_all()  # until the last answer is written
         self.train_examples, num_equal = [], 0
         first = max(0, self.iteration - 1) if self.setting("mix_previous") else self.iteration
         for iteration in range(first, self.iteration + 1):
@@ -1048,12 +1324,19 @@ class Trainer:
         with open(self.path(name), encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
+    def cut_back(self, name, keep):
+        """cut_back of one of the run's files, by the first rank; what was kept, on all."""
+        return from_first(cut_back(self.path(name), keep) if rank() == 0 else None)
+
     def write(self, name, records):
+        """Adds records to one of the run's files of JSON lines, which the first rank writes."""
+        if rank() > 0:
+            return
         with open(self.path(name), "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def start_wandb(self):
-        if self.config.wandb == "disabled":
+        if self.config.wandb == "disabled" or rank() > 0:
             return
         import wandb
         try:
@@ -1067,32 +1350,70 @@ class Trainer:
 
     # ------------------------------------------------------------ checkpoints
 
+    def save_reference(self):
+        """Keeps the weights of a reference that came from no folder, for a resume."""
+        weights = whole_state(self.reference)
+        with whole_folder(self.path("reference")) as folder:
+            if rank() == 0:
+                self.reference_shell.save_pretrained(folder, state_dict=weights)
+                self.tokenizer.save_pretrained(folder)
+
     def save(self):
-        """Writes step-<step> whole beside its final name, renames it, and only then moves LATEST to it."""
-        run_dir = self.config.run_dir
-        for name in os.listdir(run_dir):
+        """Saves all that a resume needs as step-<step>, with async_save while training goes on."""
+        self.finish_save()
+        for name in os.listdir(self.config.run_dir) if rank() == 0 else ():
             if name.endswith(".jsonl"):
                 sync(self.path(name))
-        name = f"step-{self.step:06d}"
-        with whole_folder(os.path.join(run_dir, name)) as folder:
-            self.policy.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            os.makedirs(os.path.join(folder, "trainer_state"))
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-            torch.save({"optimizer": self.optimizer.state_dict(), "rng": rng},
-                       os.path.join(folder, "trainer_state", "state.pt"))
-            with open(os.path.join(folder, "trainer_state", "state.json"), "w") as file:
-                json.dump({name: getattr(self, name) for name in COUNTERS} | self.fingerprints, file)
-        point_latest(run_dir, name)
+        counters = {name: getattr(self, name) for name in COUNTERS} | self.fingerprints
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        state = [whole_state(self.policy), optimizer_state(self.policy, self.optimizer)]
         self.saved_step = self.step
-        if self.config.keep_checkpoints is not None:
-            steps = sorted(step for step in saved_steps(run_dir) if step <= self.step)
-            steps = steps[:-self.config.keep_checkpoints]
-            opponent = {self.first_step} if self.objective.self_play else set()  # a resume needs its weights
-            for name in [f"step-{step:06d}" for step in steps if step not in opponent]:
-                discarded = os.path.join(run_dir, f".{name}.partial")
-                os.rename(os.path.join(run_dir, name), discarded)  # half deleted, it is no checkpoint
-                shutil.rmtree(discarded)
+        if self.config.async_save:
+            state = [{name: x.detach().to("cpu", copy=True) if torch.is_tensor(x) else x
+                      for name, x in part.items()} for part in state]
+            self.save_in_progress = self.saver.submit(self.write_checkpoint, counters, rng, *state)
+        else:
+            self.write_checkpoint(counters, rng, *state)
+
+    def finish_save(self):
+        """Waits for a checkpoint that is being written, and raises what went wrong with it."""
+        if self.save_in_progress:
+            self.save_in_progress.result()
+            self.save_in_progress = None
+
+    def write_checkpoint(self, counters, rng, weights, optimizer):
+        """Writes it whole beside its final name, renames it, and only then moves LATEST to it.
+
+        All ranks write their shares of the optimizer's state, the first what else there is.
+        """
+        run_dir, name = self.config.run_dir, f"step-{counters['step']:06d}"
+        with whole_folder(os.path.join(run_dir, name), self.save_group) as folder:
+            state = os.path.join(folder, "trainer_state")
+            if rank() == 0:
+                self.policy_shell.save_pretrained(folder, state_dict=weights)
+                self.tokenizer.save_pretrained(folder)
+                os.makedirs(state, exist_ok=True)  # others may have begun
+                torch.save(rng, os.path.join(state, "rng.pt"))
+                with open(os.path.join(state, "state.json"), "w") as file:
+                    json.dump(counters, file)
+            dcp.save(optimizer | {"step": counters["step"]}, checkpoint_id=os.path.join(state, "optimizer"),
+                     process_group=self.save_group, no_dist=num_ranks() == 1)
+        if rank() == 0:
+            point_latest(run_dir, name)
+            self.discard_checkpoints(counters)
+        wait_for_all(self.save_group)
+
+    def discard_checkpoints(self, counters):
+        """Deletes all but keep_checkpoints of the newest, and what self-play's opponent needs."""
+        if self.config.keep_checkpoints is None:
+            return
+        steps = sorted(step for step in saved_steps(self.config.run_dir) if step <= counters["step"])
+        steps = steps[:-self.config.keep_checkpoints]
+        spared = {counters["first_step"]} if self.objective.self_play else set()  # a resume needs its weights
+        for name in [f"step-{step:06d}" for step in steps if step not in spared]:
+            discarded = self.path(f".{name}.partial")
+            os.rename(self.path(name), discarded)  # half deleted, it is no checkpoint
+            shutil.rmtree(discarded)
 
     def restore(self, checkpoint):
         """Takes up a checkpoint's optimizer, counters and random state. Raises InputError if it may not."""
@@ -1101,34 +1422,50 @@ class Trainer:
             if counters[what] != now:
                 raise InputError(f"the {what} is not what this run began with, its content differs: put it "
                                  "back, or start a new run")
-        try:
-            state = torch.load(os.path.join(checkpoint, "trainer_state", "state.pt"), map_location="cpu")
-        except Exception as error:
-            raise InputError(f"checkpoint {checkpoint} is damaged, its state.pt cannot be read: "
-                             f"{first_line(error)}") from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for i, saved in state["optimizer"]["state"].items():  # load_state_dict casts to the weights' type
-            now = self.optimizer.state[parameters[i]]
-            now |= {name: x.to(now[name].device) for name, x in saved.items() if torch.is_tensor(x)}
-        torch.set_rng_state(state["rng"]["cpu"])
-        if len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         for name in COUNTERS:
             setattr(self, name, counters[name])
+        try:
+            rng = torch.load(os.path.join(checkpoint, "trainer_state", "rng.pt"), map_location="cpu")
+            self.restore_optimizer(os.path.join(checkpoint, "trainer_state", "optimizer"))
+        except (Exception, dcp.CheckpointException) as error:  # which is no Exception
+            raise InputError(f"checkpoint {checkpoint} is damaged, its trainer_state cannot be read: "
+                             f"{first_line(error)}") from error
+        torch.set_rng_state(rng["cpu"])
+        if len(rng["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(rng["cuda"])
         self.saved_step = self.step
         if self.iteration >= 0 and self.objective.self_play:
             self.pair_answers()
 
+    def restore_optimizer(self, folder):
+        """Reads into the optimizer what it remembered, of which each rank takes its share."""
+        if self.step == 0:
+            return
+        like = make_optimizer([torch.nn.Parameter(torch.zeros_like(p)) for p in self.policy.parameters()],
+                              self.config)
+        parameters = [[p for group in optimizer.param_groups for p in group["params"]]
+                      for optimizer in (self.optimizer, like)]
+        for p in parameters[1]:
+            p.grad = torch.zeros_like(p)
+        like.step()  # which makes a state of the right form
+        for p, other in zip(*parameters):
+            self.optimizer.state[p] = like.state[other]
+        state = optimizer_state(self.policy, self.optimizer)
+        dcp.load(state, checkpoint_id=folder, no_dist=num_ranks() == 1)  # in place
+        names = {name: p for name, p in self.policy.named_parameters()}
+        for name, value in state.items():
+            weight, _, key = name.rpartition(".")
+            self.optimizer.state[names[weight]][key] = value
+
     def restore_records(self):
         """Cuts metrics.jsonl and samples.jsonl back to this step; clears what an interrupted save left."""
-        for name in os.listdir(self.config.run_dir):
+        for name in os.listdir(self.config.run_dir) if rank() == 0 else ():
             if re.fullmatch(r"\.(step-\d+|reference)\.partial", name):
                 shutil.rmtree(self.path(name))
-        kept = cut_back(self.path("metrics.jsonl"),
-                        lambda line: self.saved_step is not None and line["step"] <= self.step)
+        kept = self.cut_back("metrics.jsonl",
+                             lambda line: self.saved_step is not None and line["step"] <= self.step)
         self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
-        cut_back(self.path("samples.jsonl"), lambda line: line["step"] in self.evaluated_steps)
+        self.cut_back("samples.jsonl", lambda line: line["step"] in self.evaluated_steps)
 
 
 class SeededSampling(LogitsProcessor):
@@ -1168,9 +1505,25 @@ def decoder_of(model):
     return decoder
 
 
+def decode(model, inputs):
+    """What a model's decoder gives: its states, and what else its head's forward may ask for."""
+    outputs = []
+
+    def read():
+        outputs.append(decoder_of(model)(**inputs))
+        return outputs[0][0]  # on these a sharded model waits in the backward
+    within(model, read)
+    return outputs[0]
+
+
+def decoder_layers(model):
+    """The layers of a model's decoder, as transformers marks them."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def compile_layers(model):
     """Compiles each decoder layer for any shape. Raises InputError where transformers marks no layers."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if not layers:
         raise InputError(f"compile=true: {model.config.model_type} has no layers that can be compiled one by "
                          "one: leave it out")
@@ -1221,6 +1574,21 @@ def shared_attention(model, batch):
         del MASKS[name]  # the override, not transformers' own entry
 
 
+def means(names, sums, denominator, num_examples):
+    """{name: mean} over all ranks' examples of sums over those of each; losses are over the denominator."""
+    means = {name: value / (denominator if name.endswith("loss") else num_examples)
+             for name, value in zip(names, sum_over_ranks(sums))}
+    if "rewards/mean_square" in means:
+        variance = means.pop("rewards/mean_square") - means["rewards/mean"] ** 2
+        means["rewards/std"] = math.sqrt(max(0.0, variance)) if math.isfinite(variance) else math.nan
+    return means
+
+
+def progress(what, title, leave=False, **options):
+    """tqdm's bar, on the first rank, and only where somebody looks."""
+    return tqdm(what, desc=title or None, leave=leave, disable=True if rank() > 0 else None, **options)
+
+
 def as_float(values):
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -1235,7 +1603,7 @@ def run_head(model, states, hidden):
     decoder.forward = lambda *arguments, **options: states
     try:
         ids = hidden.new_zeros(1, len(hidden), dtype=torch.long)  # only their number is read
-        return model(input_ids=ids, use_cache=False).logits.squeeze(0)
+        return model.forward(input_ids=ids, use_cache=False).logits.squeeze(0)  # past a sharded model's hooks
     finally:
         del decoder.forward
 
@@ -1265,7 +1633,8 @@ def read_checked(path, shape):
 
 def read_counters(checkpoint):
     """Step, examples and fingerprints of a checkpoint. Raises InputError if the folder is not whole."""
-    needed = ("config.json", "trainer_state/state.json", "trainer_state/state.pt")
+    needed = ("config.json", "trainer_state/state.json", "trainer_state/rng.pt",
+              "trainer_state/optimizer/.metadata")
     absent = [name for name in needed if not os.path.isfile(os.path.join(checkpoint, name))]
     names = os.listdir(checkpoint) if os.path.isdir(checkpoint) else []
     if not any(name.endswith(".safetensors") for name in names):
@@ -1287,13 +1656,25 @@ def saved_steps(run_dir):
     return [int(name[5:]) for name in os.listdir(run_dir) if re.fullmatch(r"step-\d+", name)]
 
 
+def optimizer_state(model, optimizer):
+    """{"<weight>.<key>": value} of all that an optimizer remembers."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{names[parameter]}.{key}": value for parameter, state in optimizer.state.items()
+            for key, value in state.items() if value is not None}
+
+
 @contextlib.contextmanager
-def whole_folder(final):
-    """Gives a folder to fill, which takes its final name only when all in it is on the disk."""
+def whole_folder(final, group=None):
+    """Gives a folder for all ranks to fill, which takes its final name only when all in it is on the disk."""
     partial = os.path.join(os.path.dirname(final), f".{os.path.basename(final)}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+    wait_for_all(group)
     yield partial
+    wait_for_all(group)
+    if rank() > 0:
+        return
     for folder, _, files in os.walk(partial, topdown=False):
         for path in [*(os.path.join(folder, name) for name in files), folder]:
             sync(path)

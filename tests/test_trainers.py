@@ -150,8 +150,9 @@ def test_sft_averages_tokens_or_examples():
     examples = by_tokens.train_examples[:4]
     logps = [obvious_logp(by_tokens.policy, example, example.responses[0]).item() for example in examples]
     for trainer, count in ((by_tokens, sum(len(e.responses[0]) for e in examples)), (by_examples, 4)):
-        means = trainer.accumulate([collate(examples)], trainer.denominator(examples))
-        assert means["loss"].item() == pytest.approx(-sum(logps) / count, rel=1e-5)
+        sums = trainer.accumulate([collate(examples)], trainer.denominator(examples))
+        means = trainers.means(sums, [*map(float, sums.values())], trainer.denominator(examples), len(examples))
+        assert means["loss"] == pytest.approx(-sum(logps) / count, rel=1e-5)
 
 
 def test_bfloat16_computes_on_float32_weights():
@@ -442,10 +443,10 @@ def test_rewards_at_step_0(dtype, tolerance, sft_run):
     trainer = make_trainer("loss=dpo", "dpo.beta=1", f"model={sft_run}/LATEST", f"compute_dtype={dtype}",
                            "num_eval_examples=50", "max_tokens_per_microbatch=500", "max_steps=100")
     trainer.fill_in_reference()
-    means = trainer.accumulate(trainer.eval_batches(trainer.eval_examples, ""), 50)
-    assert means["rewards/chosen"].item() == means["rewards/margins"].item() == 0.0
-    assert means["loss"].item() == pytest.approx(math.log(2), abs=1e-7)
-    metrics = [trainer.losses(batch)[1] for position in range(0, 400, 4) for batch in trainer.train_batches(position)]
+    sums = trainer.accumulate(trainer.eval_batches(trainer.eval_examples, ""), 50)
+    assert sums["rewards/chosen"].item() == sums["rewards/margins"].item() == 0.0
+    assert sums["loss"].item() / 50 == pytest.approx(math.log(2), abs=1e-7)
+    metrics = [trainer.losses(batch)[1] for position in range(0, 400, 4) for batch in trainer.train_batches(position)[1]]
     rewards = torch.cat([m[name] for m in metrics for name in ("rewards/chosen", "rewards/rejected")])
     error = rewards.abs().max() if dtype == "float32" else rewards.abs().mean()
     assert len(rewards) == 800 and error <= tolerance
@@ -461,7 +462,7 @@ def test_batches_are_made_one_step_ahead(monkeypatch):
     for _ in range(3):
         trainer.train_step()
     assert made == [0, 4, 8, 12]
-    ahead = [example.where for batch in trainer.next_batches[0, 12] for example in batch.examples]
+    ahead = [example.where for batch in trainer.next_batches[0, 12][1] for example in batch.examples]
     rows = torch.randperm(400, generator=torch.Generator().manual_seed(0))[12:16].tolist()
     assert sorted(ahead) == sorted(trainer.train_examples[row].where for row in rows)
 
@@ -595,7 +596,7 @@ def test_evaluation_changes_nothing(run):
     assert losses_of(quiet) == losses_of(busy)
     for name, weight in load_file(f"{quiet}/LATEST/model.safetensors").items():
         assert torch.equal(weight, load_file(f"{busy}/LATEST/model.safetensors")[name])
-    states = [torch.load(f"{folder}/LATEST/trainer_state/state.pt")["rng"]["cpu"] for folder in (quiet, busy)]
+    states = [torch.load(f"{folder}/LATEST/trainer_state/rng.pt")["cpu"] for folder in (quiet, busy)]
     assert torch.equal(*states)
 
 
@@ -1398,8 +1399,9 @@ def test_a_line_torn_within_a_character(run):
     assert numbers(folder)[:3] == before and len(numbers(folder)) == 4
 
 
-@pytest.mark.parametrize("name, content", [("state.pt", b""), ("state.pt", b"PK"), ("state.json", b"{}"),
-                                           ("state.json", b"[]"), ("state.json", b'{"st')])
+@pytest.mark.parametrize("name, content", [
+    ("rng.pt", b""), ("rng.pt", b"PK"), ("optimizer/.metadata", b""), ("optimizer/__0_0.distcp", b"PK"),
+    ("state.json", b"{}"), ("state.json", b"[]"), ("state.json", b'{"st')])
 def test_damaged_checkpoints_are_refused(name, content, run, refused):
     folder = run(*TINY_RUN, "eval_every=0")
     open(f"{folder}/LATEST/trainer_state/{name}", "wb").write(content)
@@ -1408,7 +1410,7 @@ def test_damaged_checkpoints_are_refused(name, content, run, refused):
 
 def test_random_state_is_restored(run):
     folder = run(*TINY_RUN, "eval_every=0")
-    saved = torch.load(f"{folder}/LATEST/trainer_state/state.pt")["rng"]["cpu"]
+    saved = torch.load(f"{folder}/LATEST/trainer_state/rng.pt")["cpu"]
     torch.manual_seed(12345)
     config, checkpoint = train.load_config(["resume=true", f"run_dir={folder}"])
     train.build_trainer(config, checkpoint)
@@ -1473,8 +1475,8 @@ def test_changed_data_or_reference_are_refused(run, sft_run, refused):
 def test_resume_needs_a_whole_checkpoint(run, refused):
     assert "has no complete checkpoint to resume" in refused("resume=true", "exp_name=nothing")
     folder = run(*TINY_RUN, "resume=auto", "exp_name=new")
-    os.remove(f"{folder}/LATEST/trainer_state/state.pt")
-    assert "is incomplete, it lacks trainer_state/state.pt" in refused("resume=auto", "exp_name=new")
+    os.remove(f"{folder}/LATEST/trainer_state/rng.pt")
+    assert "is incomplete, it lacks trainer_state/rng.pt" in refused("resume=auto", "exp_name=new")
 
 
 def test_resume_auto_starts_over_where_nothing_was_saved(run):
@@ -1537,7 +1539,7 @@ def test_what_is_on_the_disk_before_latest_moves(monkeypatch):
             steps.append((name, os.path.basename(b))), real[name](a, b)))
     trainer.save()
     renamed, moved = steps.index(("rename", "step-000001")), steps.index(("replace", "LATEST"))
-    for name in ("metrics.jsonl", "model.safetensors", "state.pt", "trainer_state", ".step-000001.partial"):
+    for name in ("metrics.jsonl", "model.safetensors", "rng.pt", ".metadata", "trainer_state", ".step-000001.partial"):
         assert steps.index(("fsync", name)) < renamed
     assert renamed < steps.index(("fsync", "sft")) < moved < len(steps) - 1 and steps[-1] == ("fsync", "sft")
 
