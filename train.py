@@ -351,8 +351,8 @@ def check_config(config):
     trainers.check_optimizer(config)
     num_ranks, replicas = int(os.environ.get("WORLD_SIZE", 1)), config.fsdp["replicas"]
     if config.world_size and not config.dry_run:
-        raise InputError(f"world_size={config.world_size} is for dry_run=true; torchrun --nproc_per_node gives "
-                         "a run its devices")
+        raise InputError(f"world_size={config.world_size} is for dry_run=true; torchrun --nproc_per_node "
+                         "gives a run its devices")
     num_ranks = config.world_size or num_ranks
     if num_ranks % replicas:
         raise InputError(f"fsdp.replicas={replicas} does not divide the {num_ranks} devices: choose another")
@@ -553,8 +553,8 @@ def print_dry_run(config):
     lines += [("", f"{sum(held.values()) / 2**20:>12,.1f} MiB  in all, with microbatches of {num_rows:,} x "
                    f"{length:,} tokens")]
     if objective.needs_reference:
-        lines += [("", f"{held['weights'] / 2**20:>12,.1f} MiB  more, if the reference is as large, until its "
-                       "numbers are known")]
+        lines += [("", f"{held['weights'] / 2**20:>12,.1f} MiB  more, if the reference is as large, until "
+                       "its numbers are known")]
     lines += [("data", f"{len(examples):,} rows and {num_tokens:,} tokens, "
                        f"{math.ceil(len(examples) / config.batch_size):,} steps an epoch; on a device "
                        f"{count:,} microbatches a step"),

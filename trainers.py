@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 
 import numpy as np
@@ -48,6 +49,7 @@ from data import (REWARDS, SEPARATE, InputError, Layout, collate, deal, first_li
                   train_tokenizer)
 from losses import OBJECTIVES
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process needs none
 START = time.monotonic()  # max_hours counts from here
 TIMEOUT = datetime.timedelta(minutes=30)  # a rank waits for the others no longer
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
@@ -201,7 +203,7 @@ def refusing(what):
 
 def start_ranks(config):
     """Joins the processes that torchrun started, if they are several. Only what the first prints is shown."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     has_gpu = torch.cuda.is_available()
     if has_gpu:
@@ -252,7 +254,7 @@ def sum_over_ranks(values):
 
 def wait_for_all(group=None):
     if num_ranks() > 1:
-        dist.monitored_barrier(group, TIMEOUT)
+        dist.all_reduce(torch.zeros(1), group=group)
 
 
 def spread(model, config):
@@ -763,7 +765,7 @@ class Trainer:
         examples = [self.train_examples[row] for row in rows]
         cuts = [self.cut(hand, self.config.gradient_accumulation_steps, self.config.max_tokens_per_microbatch)
                 for hand in deal(examples, num_ranks())]
-        idle = ([examples[-1:]] if examples else [], SEPARATE, True)
+        idle = (examples[-1:], SEPARATE, True)  # keeps pace, and counts nowhere
         mine = cuts[rank()] + [idle] * (max(map(len, cuts)) - len(cuts[rank()]))
         return examples, [self.collate(*cut) for cut in mine]
 
