@@ -346,8 +346,8 @@ def readme_commands():
     """Every `python train.py` and `torchrun` line of the README's code blocks, comments off."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    parts = [part.split("#")[0].strip() for line in lines for part in line.split("&&")]
-    return [part for part in parts if part.startswith("python train.py")]
+    parts = [part.split("#")[0].strip().removeprefix("srun ") for line in lines for part in line.split("&&")]
+    return [part for part in parts if part.startswith(("python train.py", "torchrun"))]
 
 
 def test_the_readme_has_its_two_commands_first():
@@ -363,9 +363,10 @@ def test_the_readmes_pictures_are_there():
 
 def test_readme_commands_do_not_meet_in_one_folder():
     """Copied one after the other they all run: none finds the folder of an earlier one."""
-    commands = [dict(part.split("=", 1) for part in shlex.split(command)[2:] if "=" in part)
-                for command in readme_commands()]
-    names = [settings.get("exp_name", settings.get("loss", "sft")) for settings in commands if "resume" not in settings]
+    commands = [dict(part.split("=", 1) for part in shlex.split(command)[2:] if "=" in part and part[0] != "-")
+                for command in readme_commands() if "--config" not in command and "dry_run" not in command]
+    names = [settings.get("exp_name", settings.get("loss", "sft")) for settings in commands
+             if settings.get("resume") != "true"]
     assert len(names) > 8 and len(set(names)) == len(names)
 
 
@@ -451,11 +452,12 @@ def test_the_benchmark_commands(sft_run):
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_run(command, run, sft_run, rm_run):
     """On the tiny model and few rows; what a command names and this machine lacks is put in its place."""
-    for name in ("sft", "mine-sft", "pythia-sft", "short", "rm", "student-sft"):
+    for name in ("sft", "mine-sft", "pythia-sft", "short", "rm", "student-sft", "eight-sft"):
         os.makedirs(f"runs/{name}")
         shutil.copytree(os.path.realpath(f"{rm_run if name == 'rm' else sft_run}/LATEST"), f"runs/{name}/LATEST")
     shutil.copytree("runs/sft/LATEST", "student")
-    arguments = shlex.split(command)[2:]
+    words = shlex.split(command)
+    options, arguments = words[:words.index("train.py")], words[words.index("train.py") + 1:]
     settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if "--help" in arguments:
         return
@@ -468,15 +470,26 @@ def test_readme_commands_run(command, run, sft_run, rm_run):
               "attributes": {"quality": 4, "humor": i}} for i in range(8)]
     for name in ("mine.jsonl", "held_out.jsonl", "pairs.jsonl", "few.jsonl", "rated.jsonl", "rated_test.jsonl"):
         write_lines(name, chats)
-    if "EleutherAI" in settings.get("model", "") or settings.get("model", "").startswith("Qwen"):
+    write_lines("mine.yaml", [{"model": f"{sft_run}/LATEST", "data": "mine.jsonl"}])
+    if settings.get("model", "").startswith(("EleutherAI", "Qwen", "meta-llama")):
         arguments.append(f"model={sft_run}/LATEST")
     if settings.get("data") in ("hh", "ultrafeedback"):
         arguments += [f"data={FEW_ROWS}", "eval_data=toy"]
     if settings.get("loss") == "spin":
         arguments.append(f"data={FEW_ROWS}")
-    run(*arguments, "max_steps=2", "batch_size=2", "num_eval_examples=4", "sample_max_tokens=4", "max_length=400",
-        "exp_name=readme", "wandb=disabled", "lr_schedule=constant")
-    assert len(losses_of("runs/readme")) == 2 or settings.get("max_steps") == "0"
+    arguments += ["max_steps=2", "batch_size=2", "num_eval_examples=4", "sample_max_tokens=4", "max_length=400",
+                  "exp_name=readme", "wandb=disabled", "lr_schedule=constant"]
+    if options[0] == "torchrun":  # on this machine, with two processes
+        here = {"--nnodes": "1", "--nproc_per_node": "2", "--rdzv_endpoint": "localhost:0"}
+        options = [f"{name}={here.get(name, value)}" for name, _, value in (word.partition("=") for word in options[1:])]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *options, os.path.join(ROOT, "train.py"),
+                        *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    else:
+        run(*arguments)
+    if settings.get("dry_run"):
+        assert not os.path.exists("runs/readme")
+    else:
+        assert len(losses_of("runs/readme")) == 2 or settings.get("max_steps") == "0"
 
 
 def test_adding_a_loss_and_a_dataset_as_the_readme_says(tmp_path):
