@@ -39,9 +39,10 @@ def main(arguments):
     """Runs what the arguments ask for; returns the exit status. Raises InputError for refused input."""
     config, checkpoint = load_config(arguments)
     if config.dry_run:
-        print_dry_run(config)
+        if os.environ.get("RANK", "0") == "0":
+            print_dry_run(config, checkpoint)
         return 0
-    trainers.start_ranks(config)
+    trainers.start_ranks()
     trainer = build_trainer(config, checkpoint)
     with lock_folder(config, checkpoint):
         trainer.restore_records()
@@ -54,14 +55,17 @@ def main(arguments):
         print_results(trainer)
         return 0
     name = stopped_by if stopped_by == "max_hours" else signal.Signals(stopped_by).name
+    command = "torchrun ..." if trainers.num_ranks() > 1 else "python"
     print(f"Stopped by {name} after step {trainer.step} of {trainer.num_steps}; all is saved. To go on:\n"
-          f"  python train.py resume=true run_dir={shlex.quote(os.path.relpath(config.run_dir))}")
+          f"  {command} train.py resume=true run_dir={shlex.quote(os.path.relpath(config.run_dir))}")
     return 0 if stopped_by == "max_hours" else 128 + stopped_by
 
 
 def build_trainer(config, checkpoint=None):
     """Data, tokenizer, models and Trainer of a config, printing a summary; writes nothing."""
     trainers.keep_freed_memory()
+    if trainers.num_ranks() > 1:
+        trainers.refused_by_all(trainers.check_optimizer)(config)
     torch.manual_seed(config.seed)
     inputs = load_inputs(config, checkpoint)
     objective, tokenizer = OBJECTIVES[config.loss], inputs.tokenizer
@@ -77,6 +81,7 @@ def build_trainer(config, checkpoint=None):
     return trainer
 
 
+@trainers.refused_by_all
 def load_inputs(config, checkpoint=None):
     """All that a run reads but weights: tokenizer, the model's configuration, examples, reports on rows."""
     objective = OBJECTIVES[config.loss]
@@ -148,7 +153,7 @@ def load_config(arguments):
     defaults, rules = read_schema()
     given = read_arguments(arguments, rules)
     config = as_namespace(defaults | given)
-    checkpoint = None if config.dry_run else find_checkpoint(config)
+    checkpoint = None if config.dry_run and not config.resume else find_checkpoint(config)
     if checkpoint:
         saved = defaults | flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
         before, run_dir = as_namespace(saved), config.run_dir
@@ -356,8 +361,9 @@ def check_config(config):
     num_ranks = config.world_size or num_ranks
     if num_ranks % replicas:
         raise InputError(f"fsdp.replicas={replicas} does not divide the {num_ranks} devices: choose another")
-    if config.fsdp["cpu_offload"] and not torch.cuda.is_available() and not config.dry_run:
-        raise InputError("fsdp.cpu_offload=true takes weights off a GPU, and there is none: leave it out")
+    if config.fsdp["cpu_offload"] and not (torch.cuda.is_available() and num_ranks > 1 or config.dry_run):
+        raise InputError("fsdp.cpu_offload=true takes shards of the weights off GPUs, and this run has none: "
+                         "leave it out, or start it on several by torchrun")
 
 
 def check_template(config):
@@ -431,22 +437,26 @@ def load_other(key, path, config, tokenizer, head=None):
     return trainers.load_model(path, model_config, config, tokenizer, head)
 
 
-@contextlib.contextmanager
+@trainers.refused_by_all
 def lock_folder(config, checkpoint):
-    """Makes the run's folder and keeps other processes out of it until this one ends, however it ends."""
-    if trainers.rank() > 0:  # the first holds it
-        yield
-        return
+    """Makes the run's folder and keeps other processes out of it until this one ends, however it ends.
+
+    Returns the lock, which its `with` releases; the first rank's is that of all.
+    """
+    if trainers.rank() > 0:
+        return contextlib.nullcontext()
     os.makedirs(config.run_dir, exist_ok=True)
-    with open(os.path.join(config.run_dir, ".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{config.run_dir} is in use by another process: wait for it, or choose another "
-                             "exp_name") from error
-        if find_checkpoint(config) != checkpoint:
-            raise InputError(f"another process has written to {config.run_dir} meanwhile: start again")
-        yield
+    lock = open(os.path.join(config.run_dir, ".lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise InputError(f"{config.run_dir} is in use by another process: wait for it, or choose another "
+                         "exp_name") from error
+    if find_checkpoint(config) != checkpoint:
+        lock.close()
+        raise InputError(f"another process has written to {config.run_dir} meanwhile: start again")
+    return lock
 
 
 def write_start(trainer):
@@ -504,6 +514,11 @@ def print_summary(trainer, dropouts, reports):
     lines = [("run", config.run_dir + (f", going on after step {trainer.step}" if resumed else "")),
              ("model", f"{config.model}, {policy.config.model_type}, {num_parameters:,} parameters in "
                        f"{config.dtype} on {policy.device}")]
+    if trainers.num_ranks() > 1:
+        replicas, num_ranks = config.fsdp["replicas"], trainers.num_ranks()
+        idle = max(0, num_ranks - config.batch_size)
+        lines.append(("devices", f"{num_ranks}, with {replicas} x {num_ranks // replicas} shards of the model"
+                      + (f"; batch_size={config.batch_size} leaves {idle} of them idle" if idle else "")))
     lines += [("", f"  {name} was {value}, set to 0") for name, value in dropouts.items()]
     if trainer.reference:
         own = "the policy at each iteration's start" if trainer.objective.self_play else (
@@ -527,34 +542,37 @@ def print_summary(trainer, dropouts, reports):
         print(f"{name:<10} {text}")
 
 
-def print_dry_run(config):
+def print_dry_run(config, checkpoint):
     """What each device would hold, how many tokens and steps there are, and how large a checkpoint is."""
-    inputs, mode, objective = load_inputs(config), FakeTensorMode(), OBJECTIVES[config.loss]
+    inputs, mode, objective = load_inputs(config, checkpoint), FakeTensorMode(), OBJECTIVES[config.loss]
     num_devices, replicas = config.world_size or int(os.environ.get("WORLD_SIZE", 1)), config.fsdp["replicas"]
     computing = types.SimpleNamespace(
         **vars(config) | {"dtype": config.compute_dtype, "activation_checkpointing": False})
     head = "new scores" if objective.inputs == "scores" else None
-    models = [trainers.load_model(config.model, inputs.model_config, settings, inputs.tokenizer, head, mode)
-              for settings in (config, computing)]
+    models = [trainers.load_model(checkpoint or config.model, inputs.model_config, settings, inputs.tokenizer,
+                                  head, mode) for settings in (config, computing)]
     examples, parts = inputs.train_examples, config.gradient_accumulation_steps
     num_tokens, length = sum(x.num_tokens for x in examples), max(x.row_length for x in examples)
     share = num_tokens / len(examples) * config.batch_size / num_devices  # a device's tokens in a step
     budget = config.max_tokens_per_microbatch or 2**14  # a GPU's
     count, num_rows = max(parts, math.ceil(share / budget)), round(min(budget, share / parts) / length)
     num_rows = max(1, num_rows)
-    with mode:
-        held = trainers.estimate_memory(*models, config, num_devices, num_rows, length, count)
+    held = trainers.estimate_memory(*models, mode, config, num_devices, num_rows, length, count)
     checkpoint = held.pop("checkpoint")
     lines = [("model", f"{config.model}, {inputs.model_config.model_type}, "
                        f"{sum(x.numel() for x in models[0].parameters()):,} parameters in {config.dtype}, "
                        f"computing in {config.compute_dtype}"),
              ("devices", f"{num_devices}, with {replicas} x {num_devices // replicas} shards of it; on each")]
-    lines += [("", f"{size / 2**20:>12,.1f} MiB  {name}") for name, size in held.items()]
-    lines += [("", f"{sum(held.values()) / 2**20:>12,.1f} MiB  in all, with microbatches of {num_rows:,} x "
+    in_host = {"weights", "gradients", "optimizer state"} if config.fsdp["cpu_offload"] else set()
+    lines += [("", f"{size / 2**20:>12,.1f} MiB  {name}{' (in the host)' if name in in_host else ''}")
+              for name, size in held.items()]
+    in_all = sum(size for name, size in held.items() if name not in in_host)
+    lines += [("", f"{in_all / 2**20:>12,.1f} MiB  in all, with microbatches of {num_rows:,} x "
                    f"{length:,} tokens")]
     if objective.needs_reference:
-        lines += [("", f"{held['weights'] / 2**20:>12,.1f} MiB  more, if the reference is as large, until "
-                       "its numbers are known")]
+        leaves = config.reference_cache and objective.inputs == "logps" and not objective.self_play
+        lines += [("", f"{held['weights'] / 2**20:>12,.1f} MiB  more for a reference as large, "
+                       + ("until its numbers are known" if leaves else "which stays"))]
     lines += [("data", f"{len(examples):,} rows and {num_tokens:,} tokens, "
                        f"{math.ceil(len(examples) / config.batch_size):,} steps an epoch; on a device "
                        f"{count:,} microbatches a step"),
@@ -613,7 +631,10 @@ if __name__ == "__main__":
     if not sys.stderr.isatty():  # a log file wants no progress bars
         transformers.logging.disable_progress_bar()
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
     except InputError as refused:
-        print(f"error: {refused}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+            print(f"error: {refused}", file=sys.stderr)
         sys.exit(2)
+    trainers.leave_ranks()
+    sys.exit(status)

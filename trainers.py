@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy,
                                     fully_shard, register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -57,151 +57,10 @@ ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix prod
 REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns, where they are computed once
 CHUNK_LOGITS = 2**24  # how many logits of a model exist at once
 
-# ---------------------------------------------------------------- models and tokenizers
-
-
-def load_tokenizer(path, rows, config):
-    """The tokenizer at `path`, a hub id or folder, or for `tiny` one trained on the rows.
-
-    Raises InputError where there is none, or none with the special tokens that the run needs.
-    """
-    with refusing(f"the tokenizer of {path}"):
-        tokenizer = train_tokenizer(rows) if path == "tiny" else AutoTokenizer.from_pretrained(
-            path, trust_remote_code=config.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path} has no end-of-sequence token, which closes every "
-                         "response: name one in its tokenizer_config.json, or choose another by tokenizer=")
-    if config.add_bos and tokenizer.bos_token_id is None:
-        raise InputError(f"add_bos=true, but the tokenizer of {path} has no begin-of-sequence token")
-    return tokenizer
-
-
-def load_model_config(path, config, tokenizer):
-    """The model's own configuration with every dropout at 0, and what those were. Reads no weights."""
-    if path == "tiny":
-        model_config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
-                                   num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
-                                   bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                                   pad_token_id=tokenizer.pad_token_id)
-    else:
-        with refusing(f"the model {path}"):
-            model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    dropouts = {}
-    for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float | int) and value > 0:
-                dropouts[name] = value
-                setattr(part, name, type(value)(0))
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
-        raise InputError(f"max_length={config.max_length} is beyond the {positions} positions of {path}: "
-                         "lower max_length, or choose another model")
-    return model_config, dropouts
-
-
-def load_model(path, model_config, config, tokenizer, head=None, blank=None):
-    """The causal language model at `path`, on this run's device. Raises InputError if it is not whole.
-
-    Of several ranks the first reads it, into the host's memory, and the others get it on the meta device.
-    blank: a context in which to make the model without its weights; null: where this rank has to.
-    head: None; or `scores` for a reward model, with a scalar head in the language model's place; or
-    `new scores`, which also takes a model without such a head and gives it one.
-    """
-    auto_class = AutoModelForCausalLM
-    blank = blank or (torch.device("meta") if rank() > 0 else None)
-    if head:
-        auto_class = AutoModelForSequenceClassification
-        model_config.num_labels = 1
-        pad = tokenizer.pad_token_id  # None is right for one text at a time, and refused by batches of them
-        model_config.pad_token_id = None if pad == tokenizer.eos_token_id else pad
-    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention,
-               "trust_remote_code": config.trust_remote_code}
-    with refusing(f"the model {path}"):
-        if blank:
-            with blank:
-                model = auto_class.from_config(model_config, **options)
-        elif path == "tiny":
-            model = auto_class.from_config(model_config, **options)
-        else:
-            model, info = auto_class.from_pretrained(path, config=model_config, output_loading_info=True,
-                                                     **options)
-            if not head and any(name.startswith("score.") for name in info["unexpected_keys"]):
-                raise ValueError("it is a reward model, without a language model's head")
-            absent = {*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])}
-            if head == "scores" and "score.weight" in absent:
-                raise ValueError("it is no reward model, it has no scalar head: train one by loss=rm")
-            if absent := sorted(absent - ({"score.weight"} if head == "new scores" else set())):
-                raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]}")
-    if head and not hasattr(model, "score"):
-        raise InputError(f"{path}, {model_config.model_type}, has no scalar head on a causal model: choose "
-                         "another architecture")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
-                         "choose the tokenizer that belongs to the model")
-    if not blank:
-        check_causal(model, path)
-    if config.activation_checkpointing:
-        with refusing(f"the model {path} with activation_checkpointing"):
-            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    return model.to(device()) if num_ranks() == 1 and not blank else model
-
-
-@torch.no_grad()
-def check_causal(model, path):
-    """Refuses a model whose predictions depend on later tokens: its log-probabilities mean nothing here."""
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]]) % model.config.vocab_size
-    first, second = model.eval().base_model(input_ids=ids, use_cache=False)[0][:, :4].float()
-    if not torch.allclose(first, second, atol=1e-2):
-        raise InputError(f"{path} is no causal language model, what it predicts depends on later tokens: "
-                         "choose one that is")
-
-
-def load_end_ids(path, model_config, tokenizer):
-    """Ids that end a response: the tokenizer's end token, then those of the model's generation config."""
-    generation_config = GenerationConfig.from_model_config(model_config)
-    if path != "tiny":
-        with contextlib.suppress(OSError):  # it has none of its own
-            generation_config = GenerationConfig.from_pretrained(path)
-    more = generation_config.eos_token_id
-    more = more if isinstance(more, list) else [more]
-    return [tokenizer.eos_token_id, *(i for i in more if isinstance(i, int) and i != tokenizer.eos_token_id)]
-
-
-def check_same_tokenizer(key, path, tokenizer, config):
-    """Token ids mean nothing to a model with another vocabulary: refuses the one that `key` names."""
-    if os.path.isdir(path) and not any(name.startswith("tokenizer") for name in os.listdir(path)):
-        return  # weights without a tokenizer are taken at their word
-    with refusing(f"the tokenizer of {key}={path}"):
-        other = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"{key}={path} has another tokenizer than the model: choose one with the same, or "
-                         "start the model from scratch with tokenizer= that of the other")
-
-
-def fingerprint(model):
-    """sha256 over the model's weights: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = whole(tensor)
-        if rank() == 0:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return from_first(digest.hexdigest())
-
-
-@contextlib.contextmanager
-def refusing(what):
-    """Turns what transformers raises while it loads from a folder or the hub into one sentence."""
-    try:
-        yield
-    except Exception as error:  # of any kind: a config.json can be wrong in many ways
-        raise InputError(f"{what} cannot be loaded: {first_line(error)}") from error
-
-
 # ---------------------------------------------------------------- ranks: on one process these do nothing
 
 
-def start_ranks(config):
+def start_ranks():
     """Joins the processes that torchrun started, if they are several. Only what the first prints is shown."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
@@ -212,6 +71,11 @@ def start_ranks(config):
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     wait_for_all()  # none goes on, and writes, before all have read what was there
+
+
+def leave_ranks():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def num_ranks():
@@ -257,11 +121,46 @@ def wait_for_all(group=None):
         dist.all_reduce(torch.zeros(1), group=group)
 
 
+def refused_by_all(function):
+    """Makes an InputError that one rank raises in a function one of all ranks, or the others would wait."""
+    @functools.wraps(function)
+    def wrapped(*arguments, **options):
+        result = message = None
+        try:
+            result = function(*arguments, **options)
+        except InputError as error:
+            message = str(error)
+            if num_ranks() == 1:
+                raise
+        if message := next(filter(None, from_all(message)), None):
+            raise InputError(message)
+        return result
+    return wrapped
+
+
+@contextlib.contextmanager
+def all_cores():
+    """While the others wait the first rank computes with all cores, where torchrun gave it one."""
+    num_threads = torch.get_num_threads()
+    if num_ranks() > 1:
+        torch.set_num_threads(os.cpu_count())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@functools.cache  # each mesh opens connections of its own
+def device_mesh(replicas):
+    return init_device_mesh(device().type, (replicas, num_ranks() // replicas),
+                            mesh_dim_names=("replicas", "shards"))
+
+
 def spread(model, config):
     """The model sharded over all ranks by FSDP2, with the first rank's weights; what it is made from stays.
 
     Each layer is gathered when it runs; what is outside of the layers (embeddings, last norm, head) from
-    `within` to the end of the backward. Raises InputError where transformers marks no layers.
+    `within` to the end of the backward.
     """
     sharded = model if num_ranks() == 1 else hollow(model)
     if config.compile:
@@ -269,8 +168,7 @@ def spread(model, config):
     if num_ranks() == 1:
         return model
     fsdp = config.fsdp
-    mesh = init_device_mesh(device().type, (fsdp["replicas"], num_ranks() // fsdp["replicas"]),
-                            mesh_dim_names=("replicas", "shards"))
+    mesh = device_mesh(fsdp["replicas"])
     options = {
         "mesh": mesh if fsdp["replicas"] > 1 else mesh["shards"],
         "mp_policy": MixedPrecisionPolicy(getattr(torch, config.compute_dtype), reduce_dtype(config)),
@@ -282,8 +180,8 @@ def spread(model, config):
     sharded.tie_weights()
     set_model_state_dict(sharded, model.state_dict() if rank() == 0 else {},
                          options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers()} if rank() == 0 else {}
-    buffers = from_first(buffers)
+    buffers = dict(model.named_buffers(remove_duplicate=False)) if rank() == 0 else {}
+    buffers = from_first({name: buffer.cpu() for name, buffer in buffers.items()})
     for name, buffer in buffers.items():  # rotary frequencies are in no state dict
         parent, _, name = name.rpartition(".")
         sharded.get_submodule(parent)._buffers[name] = buffer.to(device())
@@ -342,7 +240,8 @@ def fits_whole(model, config):
     if device().type == "cpu":
         return True
     num_bytes = sum(x.numel() for x in model.parameters()) * getattr(torch, config.compute_dtype).itemsize
-    return all(from_all(2 * num_bytes < torch.cuda.mem_get_info()[0]))
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return all(from_all(2 * num_bytes < torch.cuda.mem_get_info()[0] + unused))
 
 
 def local_tensor(x):
@@ -352,68 +251,167 @@ def local_tensor(x):
 
 def whole(tensor):
     """A sharded tensor, or any other, with all that it has; all ranks must ask for it."""
-    return tensor.to(device()).full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(model):
-    """A model's state dict on the CPU, on the first rank; the others, which ask too, get an empty one."""
+def whole_state(model, copied=False):
+    """A model's state dict on the CPU, on the first rank; the others, which ask too, get an empty one.
+
+    copied: sharing no memory with the model.
+    """
     tensors, state = {}, {}  # tied weights are one tensor
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in tensors:
             values = whole(tensor.detach())
-            tensors[id(tensor)] = values.cpu() if rank() == 0 else None
+            is_own = copied and not isinstance(tensor, DTensor)
+            tensors[id(tensor)] = values.to("cpu", copy=is_own) if rank() == 0 else None
         state[name] = tensors[id(tensor)]
     return state if rank() == 0 else {}
 
 
-def estimate_memory(model, computing, config, num_devices, num_rows, length, num_microbatches):
-    """Bytes on each of so many devices, {what: bytes}, for a model of fake tensors, in their mode.
+# ---------------------------------------------------------------- models and tokenizers
 
-    computing: the same in compute_dtype, without activation checkpointing. A microbatch has so many rows of
-    `length` tokens, and a device so many of them in a step. Activations are what one forward keeps for its
-    backward, counted tensor by tensor; with activation checkpointing what follows from that.
+
+def load_tokenizer(path, rows, config):
+    """The tokenizer at `path`, a hub id or folder, or for `tiny` one trained on the rows.
+
+    Raises InputError where there is none, or none with the special tokens that the run needs.
     """
-    def num_bytes(tensors, shards=1):  # FSDP cuts the first dimension
-        return sum(math.ceil(x.shape[0] / shards) * x[0].numel() * x.element_size() if x.dim() else
-                   x.element_size() for x in tensors)
+    with refusing(f"the tokenizer of {path}"):
+        tokenizer = train_tokenizer(rows) if path == "tiny" else AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path} has no end-of-sequence token, which closes every "
+                         "response: name one in its tokenizer_config.json, or choose another by tokenizer=")
+    if config.add_bos and tokenizer.bos_token_id is None:
+        raise InputError(f"add_bos=true, but the tokenizer of {path} has no begin-of-sequence token")
+    return tokenizer
 
-    fsdp, weights = config.fsdp, list(model.parameters())
-    shards = num_devices // fsdp["replicas"]
-    shapes = {x.shape for x in weights}
-    optimizer = make_optimizer(weights, config)
-    for x in weights:
-        x.grad = torch.zeros_like(x)
-    optimizer.step()
-    state = [x for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
-    held = {"weights": num_bytes(weights, shards), "gradients": num_bytes(weights, shards),
-            "optimizer state": num_bytes([x for x in state if x.shape in shapes], shards)
-            + num_bytes([x for x in state if x.shape not in shapes])}
-    held["checkpoint"] = num_bytes(weights) + num_bytes(state)
 
-    layers = decoder_layers(computing)
-    inside = {x for layer in layers for x in layer.parameters()}
-    if shards > 1 and fsdp["reduce_once"] and num_microbatches > 1:
-        held["whole gradients"] = sum(x.numel() for x in weights) * reduce_dtype(config).itemsize
-    if shards > 1:  # the next layer is gathered while one runs
-        held["gathered weights"] = num_bytes(x for x in computing.parameters() if x not in inside) + (
-            2 * max(num_bytes(layer.parameters()) for layer in layers))
-    own, saved = {x.untyped_storage()._cdata for x in computing.parameters()}, {}
+def load_model_config(path, config, tokenizer):
+    """The model's own configuration with every dropout at 0, and what those were. Reads no weights."""
+    if path == "tiny":
+        model_config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
+                                   num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
+                                   bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                                   pad_token_id=tokenizer.pad_token_id)
+    else:
+        with refusing(f"the model {path}"):
+            model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    dropouts = {}
+    for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float | int) and value > 0:
+                dropouts[name] = value
+                setattr(part, name, type(value)(0))
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise InputError(f"max_length={config.max_length} is beyond the {positions} positions of {path}: "
+                         "lower max_length, or choose another model")
+    return model_config, dropouts
 
-    def keep(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage  # kept, or its address would be used again
-        return x
-    ids = torch.zeros(num_rows, length, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        states = decoder_of(computing)(input_ids=ids, use_cache=False)[0]
-    activations = sum(storage.nbytes() for storage in saved.values())
-    if config.activation_checkpointing:  # each layer's input, and one layer's own
-        activations = len(layers) * states.numel() * states.element_size() + activations / len(layers)
-    vocab_size = model.config.get_text_config().vocab_size
-    logits = min(num_rows * length * vocab_size, CHUNK_LOGITS + vocab_size)
-    held["activations"] = activations + logits * (2 * 4 + states.element_size())  # float32, and its gradient
-    return held
+
+@refused_by_all
+def load_model(path, model_config, config, tokenizer, head=None, blank=None):
+    """The causal language model at `path`, on this run's device. Raises InputError if it is not whole.
+
+    Of several ranks the first reads it, into the host's memory, and the others get it on the meta device.
+    blank: a context in which to make the model without its weights; null: where this rank has to.
+    head: None; or `scores` for a reward model, with a scalar head in the language model's place; or
+    `new scores`, which also takes a model without such a head and gives it one.
+    """
+    auto_class = AutoModelForCausalLM
+    blank = blank or (torch.device("meta") if rank() > 0 else None)
+    if head:
+        auto_class = AutoModelForSequenceClassification
+        model_config.num_labels = 1
+        pad = tokenizer.pad_token_id  # None is right for one text at a time, and refused by batches of them
+        model_config.pad_token_id = None if pad == tokenizer.eos_token_id else pad
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention,
+               "trust_remote_code": config.trust_remote_code}
+    with refusing(f"the model {path}"):
+        if blank:
+            with blank:
+                model = auto_class.from_config(model_config, **options)
+        elif path == "tiny":
+            model = auto_class.from_config(model_config, **options)
+        else:
+            model, info = auto_class.from_pretrained(path, config=model_config, output_loading_info=True,
+                                                     **options)
+            if not head and any(name.startswith("score.") for name in info["unexpected_keys"]):
+                raise ValueError("it is a reward model, without a language model's head")
+            absent = {*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])}
+            if head == "scores" and "score.weight" in absent:
+                raise ValueError("it is no reward model, it has no scalar head: train one by loss=rm")
+            if absent := sorted(absent - ({"score.weight"} if head == "new scores" else set())):
+                raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]}")
+    if head and not hasattr(model, "score"):
+        raise InputError(f"{path}, {model_config.model_type}, has no scalar head on a causal model: choose "
+                         "another architecture")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
+                         "choose the tokenizer that belongs to the model")
+    if num_ranks() == 1 and not blank:
+        model = model.to(device())
+    if not blank and (num_ranks() == 1 or "flash" not in (config.attention or "")):  # not on a CPU
+        check_causal(model, path)
+    if config.activation_checkpointing:
+        with refusing(f"the model {path} with activation_checkpointing"):
+            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    return model
+
+
+@torch.no_grad()
+def check_causal(model, path):
+    """Refuses a model whose predictions depend on later tokens: its log-probabilities mean nothing here."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]], device=model.device)
+    ids %= model.config.vocab_size
+    first, second = model.eval().base_model(input_ids=ids, use_cache=False)[0][:, :4].float()
+    if not torch.allclose(first, second, atol=1e-2):
+        raise InputError(f"{path} is no causal language model, what it predicts depends on later tokens: "
+                         "choose one that is")
+
+
+def load_end_ids(path, model_config, tokenizer):
+    """Ids that end a response: the tokenizer's end token, then those of the model's generation config."""
+    generation_config = GenerationConfig.from_model_config(model_config)
+    if path != "tiny":
+        with contextlib.suppress(OSError):  # it has none of its own
+            generation_config = GenerationConfig.from_pretrained(path)
+    more = generation_config.eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return [tokenizer.eos_token_id, *(i for i in more if isinstance(i, int) and i != tokenizer.eos_token_id)]
+
+
+def check_same_tokenizer(key, path, tokenizer, config):
+    """Token ids mean nothing to a model with another vocabulary: refuses the one that `key` names."""
+    if os.path.isdir(path) and not any(name.startswith("tokenizer") for name in os.listdir(path)):
+        return  # weights without a tokenizer are taken at their word
+    with refusing(f"the tokenizer of {key}={path}"):
+        other = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{key}={path} has another tokenizer than the model: choose one with the same, or "
+                         "start the model from scratch with tokenizer= that of the other")
+
+
+def fingerprint(model):
+    """sha256 over the model's weights: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = whole(tensor)
+        if rank() == 0:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return from_first(digest.hexdigest())
+
+
+@contextlib.contextmanager
+def refusing(what):
+    """Turns what transformers raises while it loads from a folder or the hub into one sentence."""
+    try:
+        yield
+    except Exception as error:  # of any kind: a config.json can be wrong in many ways
+        raise InputError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 # ---------------------------------------------------------------- optimizer
@@ -441,7 +439,8 @@ def make_optimizer(parameters, config):
         if isinstance(known[name], bool) and not isinstance(value, bool):
             raise InputError(f"optimizer_args.{name}={value!r} is not allowed: it must be true or false")
     options = config.optimizer_args
-    if "fused" in known and not {"fused", "foreach", "differentiable"} & options.keys():
+    has_fused = "fused" in known and (num_ranks() == 1 or "Adam" in config.optimizer)  # of shards no others
+    if has_fused and not {"fused", "foreach", "differentiable"} & options.keys():
         options = options | {"fused": True}
     try:
         return optimizer_class(parameters, lr=config.lr, **options)
@@ -450,14 +449,23 @@ def make_optimizer(parameters, config):
 
 
 def check_optimizer(config):
-    """Takes one step on a small matrix, for many wrong arguments show only there. Raises InputError."""
-    weight = torch.nn.Parameter(torch.ones(2, 2))
-    weight.grad = torch.ones(2, 2)
+    """Takes one step on a small matrix, for many wrong arguments show only there. Raises InputError.
+
+    On several ranks the matrix is sharded, which not every optimizer can.
+    """
+    matrix = torch.ones(2, 2)
+    if num_ranks() > 1:
+        matrix = distribute_tensor(matrix.to(device()), device_mesh(config.fsdp["replicas"])["shards"],
+                                   [Shard(0)])
+    weight = torch.nn.Parameter(matrix)
+    weight.grad = torch.ones_like(matrix)
     optimizer = make_optimizer([weight], config)
     try:
         optimizer.step()
     except Exception as error:
-        raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused: {error}") from error
+        where = " on sharded weights" if num_ranks() > 1 else ""
+        raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused{where}: "
+                         f"{first_line(error)}") from error
 
 
 def learning_rate(step, num_steps, lr, config):
@@ -474,6 +482,70 @@ def as_steps(interval, num_rows, batch_size):
     """An interval in optimizer steps, from steps or (below 1) a fraction of an epoch; 0 stays 0: never."""
     is_fraction = 0 < interval < 1
     return max(1, round(interval * num_rows / batch_size)) if is_fraction else int(interval)
+
+
+# ---------------------------------------------------------------- what a device would hold
+
+
+def optimizer_bytes(weights, config, shards):
+    """What the optimizer would keep for these weights on one of so many shards, in bytes."""
+    num_bytes = 0
+    for dim in {x.dim() for x in weights}:
+        like = torch.nn.Parameter(torch.ones((2, 3, 5, 7, 11)[:dim], dtype=getattr(torch, config.dtype)))
+        like.grad = torch.ones_like(like)
+        optimizer = make_optimizer([like], config)
+        optimizer.step()
+        for kept in filter(torch.is_tensor, optimizer.state[like].values()):
+            for x in weights:
+                sizes = [n if size == own else size for n, size, own in zip(x.shape, kept.shape, like.shape)]
+                if kept.shape == like.shape and dim:
+                    sizes[0] = math.ceil(sizes[0] / shards)
+                num_bytes += math.prod(sizes) * kept.element_size() * (x.dim() == dim)
+    return num_bytes
+
+
+def estimate_memory(model, computing, mode, config, num_devices, num_rows, length, num_microbatches):
+    """Bytes on each of so many devices, {what: bytes}, for a model of fake tensors.
+
+    computing: the same in compute_dtype, without activation checkpointing. mode: the fake tensors'. A
+    microbatch has num_rows of `length` tokens, and a device so many of them in a step. Activations are what
+    one forward keeps for its backward, counted tensor by tensor; with activation checkpointing what follows
+    from that.
+    """
+    def num_bytes(tensors, shards=1):  # FSDP cuts the first dimension
+        return sum(math.ceil(x.shape[0] / shards) * math.prod(x.shape[1:]) * x.element_size()
+                   for x in tensors)
+
+    fsdp, weights = config.fsdp, list(model.parameters())
+    shards = num_devices // fsdp["replicas"]
+    held = {"weights": num_bytes(weights, shards), "gradients": num_bytes(weights, shards),
+            "optimizer state": optimizer_bytes(weights, config, shards),
+            "checkpoint": num_bytes(weights) + optimizer_bytes(weights, config, 1)}
+    layers = decoder_layers(computing)
+    inside = {x for layer in layers for x in layer.parameters()}
+    if num_devices > 1 and fsdp["reduce_once"] and num_microbatches > 1:
+        held["whole gradients"] = sum(x.numel() for x in weights) * reduce_dtype(config).itemsize
+    if num_devices > 1:  # the next layer is gathered while one runs
+        sizes = sorted(num_bytes(layer.parameters()) for layer in layers)
+        held["gathered weights"] = num_bytes(x for x in computing.parameters() if x not in inside) + sum(
+            sizes[-2:] if fsdp["reshard_after_forward"] else sizes)
+    own, saved = {x.untyped_storage()._cdata for x in computing.parameters()}, {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage  # kept, or its address would be used again
+        return x
+    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        ids = torch.zeros(num_rows, length, dtype=torch.long)
+        states = decoder_of(computing)(input_ids=ids, use_cache=False)[0]
+    activations = sum(storage.nbytes() for storage in saved.values())
+    if config.activation_checkpointing and layers:  # each layer's input, and one layer's own
+        activations = len(layers) * states.numel() * states.element_size() + activations / len(layers)
+    vocab_size = model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 1
+    logits = min(num_rows * length * vocab_size, CHUNK_LOGITS + vocab_size)
+    held["activations"] = activations + logits * (2 * 4 + states.element_size())  # float32, and its gradient
+    return held
 
 
 # ---------------------------------------------------------------- the loop
@@ -513,7 +585,8 @@ class Trainer:
         if self.objective.self_play:
             self.iteration, self.train_examples = -1, []
         self.precise = False  # while the layouts are compared
-        self.layouts = from_first(self.choose_layouts() if rank() == 0 else None)
+        with all_cores():
+            self.layouts = from_first(self.choose_layouts())
         self.policy_shell, self.reference_shell = hollow(policy), reference and hollow(reference)
         if reference is policy and num_ranks() == 1:
             reference = copy.deepcopy(policy)
@@ -535,12 +608,13 @@ class Trainer:
         if checkpoint:
             self.restore(checkpoint)
 
+    @refused_by_all
     def choose_layouts(self):
         """The layouts that microbatches may have: separate rows, shared ones, or the cheaper each time.
 
         Costs are multiply-adds of a token's forward, those in attention weighted by how much slower they are.
         """
-        if self.config.layout == "separate":
+        if self.config.layout == "separate" or rank() > 0:  # which has no weights yet
             return (SEPARATE,)
         read = self.response_scores if self.objective.inputs == "scores" else self.response_logps
         reference = None if self.reference is self.policy else self.reference
@@ -716,6 +790,8 @@ class Trainer:
         """Raises Stopped on all ranks, where one of them has been asked to stop."""
         if self.config.max_hours is not None and time.monotonic() - START > 3600 * self.config.max_hours:
             self.stop = self.stop or "max_hours"
+        if self.save_in_progress and self.save_in_progress.done():
+            self.finish_save()  # it may have failed
         self.stop = next(filter(None, from_all(self.stop)), None)
         if self.stop:
             raise Stopped
@@ -834,7 +910,7 @@ class Trainer:
         with self.autocast(), shared_attention(model, batch):
             states = within(model, lambda: model.base_model(**model_inputs(batch))[0])
         hidden = as_float(states.flatten(0, 1)[batch.ends])  # (K * B, D)
-        head = model.score  # in float32, for of bfloat16 scores many would be equal
+        head = model.score  # read in float32, for of bfloat16 scores many would be equal
         scores = F.linear(hidden, head.weight.to(hidden.dtype), head.bias)
         return scores.view(-1, len(batch.examples))
 
@@ -890,6 +966,7 @@ class Trainer:
         return torch.autocast(device().type, torch.bfloat16, enabled=enabled)  # FSDP has its own
 
     def describe_failure(self, metrics, examples, batches):
+        self.finish_save()
         bad = []
         with torch.no_grad():
             for batch in batches:
@@ -1089,10 +1166,15 @@ class Trainer:
         model.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.end_ids,
                                                    pad_token_id=pad)
         try:
-            with gathered(model, self.config) as in_step:
-                for start in progress(range(0, len(batches), num_ranks()), "sampling", unit="batch"):
+            with gathered(model, self.config) as in_step, progress(
+                    None, "sampling", total=len(batches), unit="batch") as bar:
+                while batches:
                     self.check_stop()
-                    at_once = batches[start:start + num_ranks()]
+                    at_once = batches[:num_ranks()]
+                    while in_step and len(at_once) > 1 and (  # all go on as long as the slowest
+                            len(examples[at_once[-1][-1]].prompt) + rooms[at_once[0][0]] > positions):
+                        at_once.pop()
+                    batches = batches[len(at_once):]
                     is_idle = rank() >= len(at_once)
                     batch = at_once[0][:1] if is_idle else at_once[rank()]
                     noise = SeededSampling([seeds[i] for i in batch], **sampling)
@@ -1100,6 +1182,7 @@ class Trainer:
                     output = self.answer(model, prompts, 1 if is_idle else rooms[batch[0]], noise, in_step)
                     drawn = [self.up_to_end(ids)[:rooms[i]] for i, ids in zip(batch, output)]
                     yield from zip(at_once, from_all(drawn))
+                    bar.update(len(at_once))
         finally:
             model.generation_config = kept
 
@@ -1160,14 +1243,7 @@ class Trainer:
         if not (objective.needs_reference and objective.inputs == "logps" and self.config.reference_cache
                 and not objective.self_play):
             return
-        try:
-            if rank() == 0:
-                os.makedirs(self.cache_folder, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.cache_folder):
-                    pass
-        except OSError as error:
-            raise InputError(f"reference_cache={self.cache_folder} cannot be written, {error.strerror}: "
-                             "name another folder, or set it to false") from error
+        self.make_cache_folder()
         limit = math.inf if self.config.max_steps is None else self.config.max_steps * self.config.batch_size
         if min(limit, self.num_positions(len(rows))) < len(rows):
             rows = []  # those of a run that does not see each row are cheaper in its steps
@@ -1182,6 +1258,17 @@ class Trainer:
                    f"{total - found:,} computed, {time.monotonic() - started:.1f} s")
         if rows or limit == 0:
             self.reference = self.reference_shell
+
+    @refused_by_all
+    def make_cache_folder(self):
+        try:
+            if rank() == 0:
+                os.makedirs(self.cache_folder, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.cache_folder):
+                    pass
+        except OSError as error:
+            raise InputError(f"reference_cache={self.cache_folder} cannot be written, {error.strerror}: "
+                             "name another folder, or set it to false") from error
 
     @property
     def cache_folder(self):
@@ -1337,6 +1424,7 @@ class Trainer:
         with open(self.path(name), "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
+    @refused_by_all
     def start_wandb(self):
         if self.config.wandb == "disabled" or rank() > 0:
             return
@@ -1368,14 +1456,16 @@ class Trainer:
                 sync(self.path(name))
         counters = {name: getattr(self, name) for name in COUNTERS} | self.fingerprints
         rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        state = [whole_state(self.policy), optimizer_state(self.policy, self.optimizer)]
+        weights = whole_state(self.policy, copied=self.config.async_save)
+        optimizer = optimizer_state(self.policy, self.optimizer)
         self.saved_step = self.step
         if self.config.async_save:
-            state = [{name: x.detach().to("cpu", copy=True) if torch.is_tensor(x) else x
-                      for name, x in part.items()} for part in state]
-            self.save_in_progress = self.saver.submit(self.write_checkpoint, counters, rng, *state)
+            optimizer = {name: x.to("cpu", copy=True) if torch.is_tensor(x) else x
+                         for name, x in optimizer.items()}
+            self.save_in_progress = self.saver.submit(
+                self.write_checkpoint, counters, rng, weights, optimizer)
         else:
-            self.write_checkpoint(counters, rng, *state)
+            self.write_checkpoint(counters, rng, weights, optimizer)
 
     def finish_save(self):
         """Waits for a checkpoint that is being written, and raises what went wrong with it."""

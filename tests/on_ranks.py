@@ -49,6 +49,15 @@ def die_in_save(mine):
     trainers.Trainer.write_checkpoint = write
 
 
+def reference_gone(mine):
+    """At step 3 the reference's weights are deleted."""
+    def step(self):
+        if mine and self.step == 2:
+            os.remove("reference/model.safetensors")
+        return TRAIN_STEP(self)
+    trainers.Trainer.train_step = step
+
+
 def terminated(mine):
     """This rank gets SIGTERM at step 3."""
     def step(self):

@@ -4,6 +4,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from conftest import FEW_ROWS, HERE, ROOT, read_lines, write_lines
 from safetensors.torch import load_file
 from test_trainers import make_trainer
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import data
 import train
@@ -209,10 +210,8 @@ def test_dry_run_counts_tokens_steps_and_bytes(capsys, refused):
     assert "fsdp.replicas=3 does not divide the 8 devices" in refused("dry_run=true", "world_size=8", "fsdp.replicas=3")
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen2"])
-def test_weights_and_buffers_are_right_on_every_rank(architecture, run, sft_run):
-    """Tied and untied, learned positions and rotary ones: step 0's loss is that of one process."""
-    from transformers import CONFIG_MAPPING, AutoTokenizer
+def save_model(architecture, sft_run):
+    """A small model of the architecture, with the tiny model's tokenizer, in `model`."""
     options = {"gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": None},
                "gemma2": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                           "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64},
@@ -227,10 +226,58 @@ def test_weights_and_buffers_are_right_on_every_rank(architecture, run, sft_run)
         torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained("model")
     tokenizer.save_pretrained("model")
+
+
+@pytest.mark.parametrize("optimizer, per_weight", [("Adam", 2), ("ASGD", 1), ("SGD", 0)])
+def test_dry_run_counts_any_optimizers_state(optimizer, per_weight, capsys):
+    assert train.main([f"data={FEW_ROWS}", "dry_run=true", "world_size=2", f"optimizer={optimizer}"]) == 0
+    size = float(re.search(r"([\d.]+) MiB  optimizer state", capsys.readouterr().out).group(1))
+    assert size == pytest.approx(440704 * 4 / 2 / 2**20 * per_weight, abs=0.06)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen2"])
+def test_weights_and_buffers_are_right_on_every_rank(architecture, run, sft_run):
+    """Tied and untied, learned positions and rotary ones: the curve is that of one process."""
+    save_model(architecture, sft_run)
     settings = [*RUN, "model=model", "loss=dpo", "max_steps=3", "max_length=64", "max_prompt_length=32"]
     run(*settings, "run_dir=one")
     on_ranks(2, [{"run": [*settings, "run_dir=two"]}])
     assert_same_curve("one", "two", 3)
+
+
+def test_ranks_in_step_stay_within_the_models_positions(run, sft_run):
+    """Learned positions, 64 of them: a rank that has its answer goes on while another, with a short prompt, has not."""
+    save_model("gpt2", sft_run)
+    write_lines("prompts.jsonl", [{"prompt": prompt, "chosen": " Yes.", "rejected": " No."}
+                                  for prompt in ("x" * 48, "a", "b", "y" * 35)])
+    settings = [*RUN, "model=model", "loss=dpo", "max_steps=0", "max_length=64", "max_prompt_length=60",
+                "eval_data=prompts.jsonl", "num_samples=4", "sample_max_tokens=60", "eval_batch_size=2"]
+    run(*settings, "run_dir=one")
+    on_ranks(2, [{"run": [*settings, "run_dir=two"], "trouble": "keep_in_step"}])
+    assert read_lines("one/samples.jsonl") == read_lines("two/samples.jsonl")
+
+
+def test_what_one_rank_refuses_all_refuse(sft_run):
+    """Weights that are not there, an optimizer that cannot step shards: the sentence, from both, at once."""
+    os.makedirs("reference")
+    shutil.copy(f"{sft_run}/LATEST/config.json", "reference")
+    started = time.time()
+    for settings, message in ((["loss=dpo", "reference=reference"], "the model .*reference cannot be loaded"),
+                              (["optimizer=Adafactor"], "Adafactor with {} is refused on sharded weights")):
+        out = on_ranks(2, [{"run": [*STOPPED, *settings]}], status=1)
+        assert len(re.findall(f"InputError: {message}", out)) == 2
+    assert time.time() - started < 60 and not os.path.exists("stopped/metrics.jsonl")
+
+
+def test_a_reference_that_goes_away_stops_all_ranks_with_all_saved(sft_run):
+    shutil.copytree(f"{sft_run}/LATEST/", "reference")
+    job = {"run": [*STOPPED, "loss=dpo", "reference=reference", "tokenizer=reference", f"eval_data={FEW_ROWS}",
+                   "eval_every=1", "eval_first=false", "num_eval_examples=4", "sample_max_tokens=4",
+                   "batch_size=100", "save_every=0"],
+           "trouble": "reference_gone", "rank": 0}
+    out = on_ranks(2, [job], status=1)
+    assert len(re.findall("InputError: the model .*reference cannot be loaded", out)) == 2
+    assert os.readlink("stopped/LATEST") == "step-000003"
 
 
 # ---------------------------------------------------------------- stops
@@ -338,6 +385,16 @@ def test_saves_in_the_background_never_run_at_once(monkeypatch):
     assert any(not torch.equal(saved[name], last[name]) for name in saved)
 
 
+def test_tied_weights_are_saved_once_in_the_background_too(run, sft_run):
+    save_model("gpt2", sft_run)
+    settings = ["model=model", f"data={FEW_ROWS}", "max_steps=1", "max_length=64", "max_prompt_length=32"]
+    for word in ("true", "false"):
+        run(*settings, f"async_save={word}", f"run_dir={word}")
+    background, at_once = (load_file(f"{word}/LATEST/model.safetensors") for word in ("true", "false"))
+    assert background.keys() == at_once.keys() and "lm_head.weight" not in at_once
+    assert all(torch.equal(background[name], at_once[name]) for name in at_once)
+
+
 def test_a_failed_save_in_the_background_stops_the_run(monkeypatch):
     trainer = make_trainer("async_save=true", "eval_every=0", "save_every=1", "max_steps=3")
     os.makedirs(trainer.config.run_dir)
@@ -348,6 +405,5 @@ def test_a_failed_save_in_the_background_stops_the_run(monkeypatch):
 
 
 def test_ranks_need_devices(refused):
-    if not torch.cuda.is_available():
-        assert "there is none" in refused("fsdp.cpu_offload=true")
+    assert "this run has none" in refused("fsdp.cpu_offload=true")
     assert "does not divide the 1 devices" in refused("fsdp.replicas=2")
