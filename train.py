@@ -635,6 +635,6 @@ if __name__ == "__main__":
     except InputError as refused:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
             print(f"error: {refused}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     trainers.leave_ranks()
     sys.exit(status)

@@ -67,7 +67,12 @@ def start_ranks():
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+    # torchrun keeps one machine's store when it starts the ranks again, and what the dead ones wrote there
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", store=store, rank=number,
+                            world_size=count, timeout=TIMEOUT)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     wait_for_all()  # none goes on, and writes, before all have read what was there
@@ -810,9 +815,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.accumulate(batches, denominator, backward=True)
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)).double()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
         following = self.position + len(examples)  # its batches are made while the device is at work
         self.next_batches = {(self.iteration, following): self.train_batches(following)}
+        norm = whole(norm).to(device(), torch.float64)
         *values, grad_norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for it
         metrics = means(sums, values, denominator, len(examples)) | {"grad_norm": grad_norm}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
@@ -1455,7 +1461,8 @@ class Trainer:
             if name.endswith(".jsonl"):
                 sync(self.path(name))
         counters = {name: getattr(self, name) for name in COUNTERS} | self.fingerprints
-        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        rng = {"cpu": torch.get_rng_state(),  # of several ranks none looks at the others' GPUs
+               "cuda": torch.cuda.get_rng_state_all() if num_ranks() == 1 else []}
         weights = whole_state(self.policy, copied=self.config.async_save)
         optimizer = optimizer_state(self.policy, self.optimizer)
         self.saved_step = self.step
@@ -1523,7 +1530,7 @@ class Trainer:
             raise InputError(f"checkpoint {checkpoint} is damaged, its trainer_state cannot be read: "
                              f"{first_line(error)}") from error
         torch.set_rng_state(rng["cpu"])
-        if len(rng["cuda"]) == torch.cuda.device_count():
+        if num_ranks() == 1 and len(rng["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(rng["cuda"])
         self.saved_step = self.step
         if self.iteration >= 0 and self.objective.self_play:

@@ -93,3 +93,4 @@ if __name__ == "__main__":
         if trouble in ("out_of_time", "terminated"):
             with open(f"status{os.environ['RANK']}", "w") as file:
                 json.dump(status, file)
+    trainers.leave_ranks()
