@@ -358,6 +358,9 @@ def check_config(config):
     if config.world_size and not config.dry_run:
         raise InputError(f"world_size={config.world_size} is for dry_run=true; torchrun --nproc_per_node "
                          "gives a run its devices")
+    if num_ranks > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE={num_ranks}, but nothing says where the first process is: start the run by "
+                         "torchrun, or unset it")
     num_ranks = config.world_size or num_ranks
     if num_ranks % replicas:
         raise InputError(f"fsdp.replicas={replicas} does not divide the {num_ranks} devices: choose another")

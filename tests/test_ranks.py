@@ -25,11 +25,11 @@ import train
 
 UNREPEATABLE = ("time", "examples_per_second", "tokens_per_second")
 RUN = [f"data={FEW_ROWS}", f"eval_data={FEW_ROWS}", "num_eval_examples=9", "batch_size=5", "max_steps=20", "lr=1e-5",
-       "sample_max_tokens=6", "num_samples=2", "max_tokens_per_microbatch=60", "eval_every=10", "eval_batch_size=400"]
+       "sample_max_tokens=6", "num_samples=2", "max_tokens_per_microbatch=120", "eval_every=20", "eval_batch_size=400"]
 LOSSES = {
     "sft": [], "dpo": ["dpo.sft_weight=0.1"], "ipo": ["ipo.average_logps=true"], "rpo": [], "rm": [],
     "kd": ["kd.sft_weight=0.5"], "spin": ["num_epochs=0.12", "spin.max_tokens=12", "spin.mix_previous=true"]}
-CONSTANT = [*RUN, "lr_schedule=constant", "loss=dpo", "optimizer=AdamW", "num_epochs=9"]
+CONSTANT = [*RUN, "eval_every=10", "lr_schedule=constant", "loss=dpo", "optimizer=AdamW", "num_epochs=9"]
 
 
 def on_ranks(num_ranks, jobs, status=0, options=(), timeout=240):
@@ -404,6 +404,9 @@ def test_a_failed_save_in_the_background_stops_the_run(monkeypatch):
     assert trainer.step <= 2 and not os.path.lexists(trainer.path("LATEST"))
 
 
-def test_ranks_need_devices(refused):
+def test_ranks_need_devices(refused, monkeypatch):
     assert "this run has none" in refused("fsdp.cpu_offload=true")
     assert "does not divide the 1 devices" in refused("fsdp.replicas=2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "start the run by torchrun" in refused()

@@ -397,14 +397,14 @@ def test_the_frontier_command(sft_run):
     """On few steps: the table has a line for each beta, with the efficiency that the run recorded."""
     script = re.search(r"python (tests/benchmarks/frontier.py)", README).group(1)
     done = subprocess.run([sys.executable, os.path.join(ROOT, script), "--methods", "IPO", "--steps", "2", "--sft_steps",
-                           "40", "--runs", "f", "--picture", "f/picture.png"], capture_output=True, text=True)
+                           "150", "--runs", "f", "--picture", "f/picture.png"], capture_output=True, text=True)
     if importlib.util.find_spec("matplotlib"):
         assert done.returncode == 0 and os.path.getsize("f/picture.png") > 10_000, done.stderr
     else:
         assert done.returncode == 1 and done.stderr.endswith("for the picture: pip install matplotlib\n")
     table = [line for line in done.stdout.splitlines() if line.startswith("| IPO")]
     assert len(table) == 4
-    last = read_lines("f/seed-0-40-2/IPO-0.1/metrics.jsonl")[-1]
+    last = read_lines("f/seed-0-150-2/IPO-0.1/metrics.jsonl")[-1]
     assert f"| {last['samples/reward']:.2f} | {last['samples/kl']:.2f} |" in table[0]
 
 
