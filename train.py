@@ -31,7 +31,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
-    r"activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|world_size")
+    r"activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|dry_run|world_size")
 PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
 
 
@@ -359,8 +359,8 @@ def check_config(config):
         raise InputError(f"world_size={config.world_size} is for dry_run=true; torchrun --nproc_per_node "
                          "gives a run its devices")
     if num_ranks > 1 and "MASTER_ADDR" not in os.environ:
-        raise InputError(f"WORLD_SIZE={num_ranks}, but nothing says where the first process is: start the run by "
-                         "torchrun, or unset it")
+        raise InputError(f"WORLD_SIZE={num_ranks}, but nothing says where the first one is: start the run "
+                         "by torchrun, or unset it")
     num_ranks = config.world_size or num_ranks
     if num_ranks % replicas:
         raise InputError(f"fsdp.replicas={replicas} does not divide the {num_ranks} devices: choose another")

@@ -196,7 +196,9 @@ def test_dry_run_says_what_a_rank_holds(runs, capsys):
     said = {" ".join(words[2:]): float(words[0]) for words in lines if words[1:2] == ["MiB"]}
     for name, size in held.items():
         assert said[name] == pytest.approx(size / 2**20, rel=0.05), name
-    assert not os.path.exists("runs")
+    assert train.main(["resume=true", f"run_dir={runs / 'whole'}", "dry_run=true", "world_size=2"]) == 0
+    state = re.search(r"([\d.]+) MiB  optimizer state", capsys.readouterr().out).group(1)  # that run's is AdamW
+    assert float(state) == pytest.approx(2 * held["weights"] / 2**20, rel=0.05) and not os.path.exists("runs")
 
 
 def test_dry_run_counts_tokens_steps_and_bytes(capsys, refused):
