@@ -561,7 +561,7 @@ def print_dry_run(config, checkpoint):
     count, num_rows = max(parts, math.ceil(share / budget)), round(min(budget, share / parts) / length)
     num_rows = max(1, num_rows)
     held = trainers.estimate_memory(*models, mode, config, num_devices, num_rows, length, count)
-    checkpoint = held.pop("checkpoint")
+    saved = held.pop("checkpoint")
     lines = [("model", f"{config.model}, {inputs.model_config.model_type}, "
                        f"{sum(x.numel() for x in models[0].parameters()):,} parameters in {config.dtype}, "
                        f"computing in {config.compute_dtype}"),
@@ -579,7 +579,7 @@ def print_dry_run(config, checkpoint):
     lines += [("data", f"{len(examples):,} rows and {num_tokens:,} tokens, "
                        f"{math.ceil(len(examples) / config.batch_size):,} steps an epoch; on a device "
                        f"{count:,} microbatches a step"),
-              ("checkpoint", f"{checkpoint / 2**20:,.1f} MiB")]
+              ("checkpoint", f"{saved / 2**20:,.1f} MiB")]
     for name, text in lines:
         print(f"{name:<10} {text}")
 

@@ -214,7 +214,7 @@ def sync_gradients(model, is_last):
 
 
 def within(model, read):
-    """read(), and in a sharded model what is outside of its layers is whole until the backward has ended."""
+    """read(), with what is outside of a sharded model's layers gathered until the backward has ended."""
     return model.within(read) if isinstance(model, FSDPModule) else read()
 
 
@@ -247,11 +247,6 @@ def fits_whole(model, config):
     num_bytes = sum(x.numel() for x in model.parameters()) * getattr(torch, config.compute_dtype).itemsize
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return all(from_all(2 * num_bytes < torch.cuda.mem_get_info()[0] + unused))
-
-
-def local_tensor(x):
-    """What this rank holds of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(tensor):
@@ -321,7 +316,7 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None):
     """The causal language model at `path`, on this run's device. Raises InputError if it is not whole.
 
     Of several ranks the first reads it, into the host's memory, and the others get it on the meta device.
-    blank: a context in which to make the model without its weights; null: where this rank has to.
+    blank: a context, as a device or a mode, in which to make the model from its configuration alone.
     head: None; or `scores` for a reward model, with a scalar head in the language model's place; or
     `new scores`, which also takes a model without such a head and gives it one.
     """

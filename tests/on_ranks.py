@@ -10,6 +10,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
+from torch.distributed.tensor import DTensor
 
 torch.set_num_threads(1)
 import train
@@ -71,11 +72,11 @@ def measured(mine):
     """Notes the bytes that this rank holds after a step."""
     def step(self):
         metrics = TRAIN_STEP(self)
-        local = trainers.local_tensor
         weights = list(self.policy.parameters())
         held = {"weights": weights, "gradients": [p.grad for p in weights],
                 "optimizer state": [x for state in self.optimizer.state.values() for x in state.values()]}
-        held = {name: sum(local(x).numel() * x.element_size() for x in tensors) for name, tensors in held.items()}
+        held = {name: sum((x.to_local() if isinstance(x, DTensor) else x).numel() * x.element_size() for x in tensors)
+                for name, tensors in held.items()}
         with open("held.json", "w") as file:
             json.dump(held, file)
         return metrics
