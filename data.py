@@ -1,36 +1,34 @@
-"""How does a dataset row become a batch?
+"""Which datasets are there, and how does a row become token ids?
 
     row (a dict, as the dataset has it)  -> read_row -> TextRow  -> encode -> Example (token ids)
-    examples of one global batch         -> microbatches -> collate -> Batch (tensors)
 
 A row that cannot be trained on raises Dropped; the Report counts it. A malformed one raises InputError.
 """
 
-import csv
-import difflib
 import functools
 import hashlib
-import html.parser
 import itertools
 import json
 import math
-import os
-import random
 import re
-import sys
-from dataclasses import dataclass, field, replace
-from typing import Callable
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import jinja2
 import numpy as np
-import pyarrow.parquet
-import torch
 from tqdm import tqdm
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-COMPUTED_COLUMNS = ("chosen_length", "rejected_length")  # an objective's columns that no row has to bring
-REWARDS = ("chosen_reward", "rejected_reward")  # columns that a reward model can fill
+from engine import InputError
+from engine.batches import COMPUTED_COLUMNS, REWARDS, Example
+from engine.config import FIELD, as_list
+from engine.distributed import raise_on_all_ranks
+from engine.files import load_hub, number_rows, read_source, strip_html, with_name
+from engine.models import load_end_ids, load_model_config, load_tokenizer
+from engine.report import Report
+from engine.toy import toy, toy_optimal_reward, toy_scores
+
 COLUMN_ALIASES = {"chosen_reward": "score_chosen", "rejected_reward": "score_rejected"}
-FIELD = re.compile(r"\{([^{}]+)\}")  # in an attribute_template
 ASSISTANT = "\n\nAssistant:"  # closes the prompt in an HH transcript
 SHAPES = (  # prompt column, chosen or only response, rejected; the first that fits and suffices is read
     ("prompt", "chosen", "rejected"),
@@ -44,106 +42,68 @@ SHAPES = (  # prompt column, chosen or only response, rejected; the first that f
 )
 
 
-class InputError(ValueError):
-    """Something the user gave is not allowed. The message is one sentence: given, allowed, what to do."""
-
-
-def first_line(error):
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 class Dropped(Exception):
     """This row cannot be trained on; the message is the reason, under which the Report counts it."""
 
 
 @dataclass
-class Report:
-    """What became of a split's rows: how many were used, cut, and dropped, by reason and with places."""
+class RunData:
+    """All that a run reads but weights.
 
-    rows: int = 0
-    used: int = 0
-    cut: int = 0
-    dropped: dict = field(default_factory=dict)  # reason -> places ("train.jsonl line 87")
-    unused_attributes: int = 0  # rows with attributes that no template puts into their prompts
-    fingerprint: str = ""  # sha256 of the rows that could be read, in order
-
-    def drop(self, reason, where):
-        self.dropped.setdefault(str(reason), []).append(where)
-
-    def lines(self):
-        """The report as lines of text, for the summary before step 1."""
-        num_dropped = sum(map(len, self.dropped.values()))
-        unread = self.rows - self.used - num_dropped
-        yield (f"{self.used:,} of {self.rows:,} rows used, {num_dropped:,} dropped, {self.cut:,} cut to fit"
-               + (f", {unread:,} beyond what was asked for" if unread else ""))
-        for reason, places in self.dropped.items():
-            more = f" and {len(places) - 5:,} more" if len(places) > 5 else ""
-            yield f"  dropped {len(places):,}: {reason} ({', '.join(places[:5])}{more})"
-        if self.unused_attributes:
-            yield f"  {self.unused_attributes:,} have attributes, unused: attribute_template is null"
-
-
-# ---------------------------------------------------------------- sources: a name, a hub id, a file
-
-
-def toy(split, pairs):
-    """Film reviews of four sentences, " The ASPECT was WORD.", each praise with probability 1/2.
-
-    Pairs are labelled by Bradley-Terry on the true rewards; without pairs the rows are fresh, unlabelled
-    responses. The rows are the same in every run, whatever its seed.
+    fingerprint: of the training rows, for a resumed run must go on with the same. sample_examples: their
+    prompts are answered in each evaluation. judge: the Dataset whose true scores are known of these, or None.
+    end_ids: the tokens that end a response; the first closes those that have none. reports: on the rows.
     """
-    rng = random.Random(f"toy {split} {pairs}")
 
-    def review():
-        words = [rng.choice(rng.choice(TOY_WORDS)) for _ in range(4)]
-        return "".join(f" The {rng.choice(TOY_ASPECTS)} was {word}." for word in words)
-
-    rows = []
-    for _ in range(16384 if split == "train" else 1024):
-        prompt = f"Review of The {rng.choice(TOY_ADJECTIVES)} {rng.choice(TOY_NOUNS)}:"
-        if not pairs:
-            rows.append({"prompt": prompt, "response": review()})
-            continue
-        answers = [review(), review()]
-        rewards = [toy_scores(prompt, answer, True)["reward"] for answer in answers]
-        w = 0 if rng.random() < 1 / (1 + math.exp(rewards[1] - rewards[0])) else 1
-        rows.append({"prompt": prompt, "chosen": answers[w], "rejected": answers[1 - w],
-                     "chosen_reward": rewards[w], "rejected_reward": rewards[1 - w]})
-    return rows
+    train_examples: list[Example]
+    eval_examples: list[Example]
+    sample_examples: list[Example]
+    judge: "Dataset | None"
+    fingerprint: str
+    reports: dict[str, Report]
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+    model_config: PretrainedConfig
+    dropouts: dict[str, float]
 
 
-TOY_ADJECTIVES = "Silent Golden Hidden Broken Distant Paper Winter Burning Lonely Crooked".split()
-TOY_NOUNS = "Garden River Letter Harbor Mirror Station Kingdom Summer Orchard Witness".split()
-TOY_ASPECTS = "acting plot music pacing script camera".split()
-TOY_WORDS = [words.split() for words in ("brilliant moving clever gripping superb fresh",  # praise
-                                         "dull clumsy tired bland weak awful")]  # blame
-TOY_REVIEW = re.compile(rf"( The ({'|'.join(TOY_ASPECTS)}) was ({'|'.join(sum(TOY_WORDS, []))})\.){{4}}")
+@raise_on_all_ranks
+def load_data(config, objective, checkpoint=None) -> RunData:
+    """Reads the sources that the config names and makes token ids of their rows, for the policy."""
+    eval_sources = as_list(config.eval_data) or [name for name in as_list(config.data) if name in DATASETS]
+    load = functools.partial(load_rows, objective=objective, template=config.attribute_template,
+                             may_lack_rewards=config.reward_model is not None)
+    train_rows, train_report = load(config.data, "train")
+    eval_rows, eval_report = load(eval_sources, "test")
+    reports = {"data": train_report, "eval data": eval_report}
+
+    texts = (text for row in train_rows for text in (row.prompt, *row.responses))
+    model_path = checkpoint or config.model
+    tokenizer = load_tokenizer(checkpoint or config.tokenizer or config.model, texts, config)
+    model_config, dropouts = load_model_config(model_path, config, tokenizer)
+    end_ids = load_end_ids(model_path, model_config, tokenizer)
+
+    judge = DATASETS.get(eval_sources[0]) if len(set(eval_sources)) == 1 else None  # of several none is
+    judge = judge if judge and judge.scores else None
+    num_prompts = max(config.num_samples, judge.num_samples if judge else 0)
+    num_prompts = 0 if objective.inputs == "scores" else num_prompts  # a reward model writes nothing
+    limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
+    train_examples = encode(train_rows, train_report, tokenizer, config, end_ids)
+    held_out = encode(eval_rows, eval_report, tokenizer, config, end_ids, limit)
+    sample_examples = held_out[:num_prompts]
+    if config.sample_attributes:
+        rows, reports["samples"] = load(eval_sources, "test", attributes=config.sample_attributes)
+        sample_examples = encode(rows, reports["samples"], tokenizer, config, end_ids, num_prompts)
+    if config.max_steps == 0 and not eval_sources:
+        raise InputError("max_steps=0 only evaluates and samples, and there is nothing to: name eval_data")
+    for key, report in (("data", train_report), ("eval_data", eval_report)):
+        if not report.used and (eval_sources or key == "data"):
+            raise InputError(f"{key} leaves no row to work with: " + "; ".join(report.lines()))
+    return RunData(train_examples, held_out[:config.num_eval_examples], sample_examples, judge,
+                   train_report.fingerprint, reports, tokenizer, end_ids, model_config, dropouts)
 
 
-def toy_scores(prompt, response, finished):
-    """True reward of a response: praise minus blame, from -4 to 4, and -4 for what is not well formed.
-
-    finished: whether the end-of-sequence token came within the token limit.
-    """
-    if not finished or not TOY_REVIEW.fullmatch(response):
-        return {"reward": -4.0, "well_formed": 0.0}
-    praise = sum(response.count(f" was {word}.") for word in TOY_WORDS[0])
-    return {"reward": float(2 * praise - 4), "well_formed": 1.0}
-
-
-def toy_optimal_reward(kl):
-    """The highest mean reward of any policy at this KL (nats) from the data's distribution.
-
-    Tilting each sentence's odds by e^2t gives reward 4 tanh t at a KL of 4 [log 2 - H(sigmoid 2t)];
-    bisection finds t.
-    """
-    low, high = 0.0, 20.0
-    for _ in range(100):
-        t = (low + high) / 2
-        p = 1 / (1 + math.exp(-2 * t))
-        entropy = -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
-        low, high = (t, high) if 4 * (math.log(2) - entropy) < kl else (low, t)
-    return 4 * math.tanh(low) if kl < 4 * math.log(2) else 4.0
+# ---------------------------------------------------------------- datasets
 
 
 def hh(split, pairs):
@@ -221,98 +181,11 @@ DATASETS = {
 }
 
 
-def strip_html(text):
-    """The text of an HTML fragment; blocks end in a blank line."""
-    pieces = []
-    parser = html.parser.HTMLParser(convert_charrefs=True)
-    parser.handle_data = pieces.append
-    blocks = ("p", "pre", "li", "blockquote")
-    parser.handle_endtag = lambda tag: pieces.append("\n\n" if tag in blocks else "")
-    parser.feed(text)
-    parser.close()
-    return re.sub(r"\n{3,}", "\n\n", "".join(pieces)).strip()
-
-
-def load_hub(name, config=None, split="train"):
-    """One split of a Hugging Face dataset. Raises InputError where it cannot be had."""
-    import datasets  # takes a second, and only hub data need it
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"dataset {name}, config {config}, split {split} cannot be loaded: "
-                         f"{first_line(error)}") from error
-
-
-def read_jsonl(path):
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"line {number}", parse_json(line, f"{path} line {number}")
-
-
-def read_json(path):
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read()
-    if text.lstrip().startswith("["):
-        return number_rows(parse_json(text, path))
-    return read_jsonl(path)  # JSON lines under the other name
-
-
-def parse_json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
-
-
-def read_csv(path):
-    """Cells are text, as they stand; a number is read where a number is needed."""
-    csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        for row in reader:
-            if None in row or None in row.values():
-                raise csv.Error(f"line {reader.line_num} has not the header's {len(reader.fieldnames)} cells")
-            yield f"line {reader.line_num}", row
-
-
-def read_parquet(path):
-    return number_rows(pyarrow.parquet.read_table(path).to_pylist())
-
-
-def number_rows(rows):
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-FILES = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
-
-
 def load_source(name, split, pairs):
     """One source's rows as (place, row), in order. Raises InputError for an unknown or unreadable source."""
-    ending = os.path.splitext(name)[1]
-    hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?::(.+))?", name)
     if name in DATASETS:
-        rows = number_rows(DATASETS[name].load(split, pairs))
-    elif ending in FILES and os.path.isfile(name):
-        try:
-            rows = list(FILES[ending](name))
-        except (OSError, UnicodeError, csv.Error, pyarrow.ArrowException) as error:
-            raise InputError(f"{name} is no {ending} file in UTF-8: {error}") from error
-    elif hub and ending not in FILES and not os.path.isfile(name):
-        rows = number_rows(load_hub(hub[1], hub[2], hub[3] or split))
-    else:
-        near = difflib.get_close_matches(name, DATASETS, 1)
-        why = "no such file" if ending in FILES else f"did you mean {near[0]}?" if near else "no dataset"
-        raise InputError(f"{name!r} cannot be read, {why}: give one of {', '.join(DATASETS)}, an existing "
-                         f"file ending in {', '.join(FILES)}, or a hub id org/name[/config][:split]")
-    return ((f"{os.path.basename(name) if ending in FILES else name} {place}", row) for place, row in rows)
-
-
-def as_list(value):
-    return [] if value is None else [value] if isinstance(value, str) else value
+        return with_name(name, number_rows(DATASETS[name].load(split, pairs)))
+    return read_source(name, split, DATASETS)
 
 
 # ---------------------------------------------------------------- rows: to prompt and responses
@@ -329,7 +202,7 @@ class TextRow:
 
     @property
     def is_chat(self):
-        return not isinstance(self.prompt, str)
+        return not is_text(self.prompt)
 
 
 def load_rows(sources, split, objective, template=None, attributes=None, may_lack_rewards=False):
@@ -494,55 +367,14 @@ def read_number(row, where, name):
     return number
 
 
-# ---------------------------------------------------------------- tokens: from text to examples
+# ---------------------------------------------------------------- tokens
 
 
-@dataclass
-class Example:
-    """Token ids of one row, as int32 arrays, responses with their end token unless it was cut off."""
-
-    where: str
-    prompt: np.ndarray
-    responses: tuple
-    columns: dict
-
-    @property
-    def num_tokens(self):
-        """Each prompt and response once, no padding."""
-        return len(self.prompt) + sum(map(len, self.responses))
-
-    @property
-    def row_length(self):
-        return len(self.prompt) + max(map(len, self.responses))
-
-
-def train_tokenizer(rows, vocab_size=1024):
-    """A byte-level BPE of these rows' own texts, for the `tiny` model; equal rows give an equal tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    def texts():
-        for row in rows:
-            for part in (row.prompt, *row.responses):
-                yield part if is_text(part) else json.dumps(part, ensure_ascii=False)
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts(), trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>")
-
-
-def encode(rows, report, tokenizer, config, end_ids, limit=None, title="tokenizing"):
-    """TextRows to Examples, in order, at most `limit`; `report` counts the used, the cut and the dropped.
-
-    end_ids: the tokens that end a response; the first closes those that have none.
-    """
+def encode(rows, report, tokenizer, config, end_ids, limit=None) -> list[Example]:
+    """TextRows to Examples, in order, at most `limit`; `report` counts the used, the cut and the dropped."""
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     examples = []
-    for start in tqdm(range(0, len(rows), 1000), desc=f"{title}, 1,000 rows at a time", disable=None):
+    for start in tqdm(range(0, len(rows), 1000), desc="tokenizing, 1,000 rows at a time", disable=None):
         chunk = rows[start:start + 1000]
         plain = iter(encode_plain([row for row in chunk if not row.is_chat], tokenizer, end_ids))
         for row in chunk:
@@ -550,12 +382,12 @@ def encode(rows, report, tokenizer, config, end_ids, limit=None, title="tokenizi
                 return examples
             try:
                 ids = encode_chat(row, tokenizer, end_ids, special) if row.is_chat else next(plain)
-                prompt, responses, cut = fit(*ids, tokenizer, config)
+                prompt, responses, was_cut = truncated(*ids, tokenizer, config)
             except Dropped as reason:
                 report.drop(reason, row.where)
                 continue
             report.used += 1
-            report.cut += cut
+            report.cut += was_cut
             examples.append(Example(row.where, np.array(prompt, np.int32),
                                     tuple(np.array(ids, np.int32) for ids in responses), row.columns))
     return examples
@@ -624,192 +456,21 @@ def encode_rendered(text, tokenizer, special, guard):
     return ids
 
 
-def fit(prompt, responses, tokenizer, config):
+def truncated(prompt, responses, tokenizer, config):
     """Adds the begin token (`add_bos`) and cuts by `truncation` what does not fit `max_length` tokens.
 
     Returns prompt, responses and whether anything was cut. Raises Dropped if nothing is left to train on.
     """
     bos = [tokenizer.bos_token_id] if config.add_bos and prompt[:1] != [tokenizer.bos_token_id] else []
-    cut = len(bos) + len(prompt) + max(map(len, responses)) > config.max_length
-    if cut and config.truncation == "drop":
+    is_too_long = len(bos) + len(prompt) + max(map(len, responses)) > config.max_length
+    if is_too_long and config.truncation == "drop":
         raise Dropped(f"longer than max_length={config.max_length} tokens")
-    if cut:
-        room = config.max_prompt_length - len(bos)
-        prompt = prompt[max(0, len(prompt) - room):] if config.truncation == "keep_end" else prompt[:room]
+    if is_too_long:
+        kept = config.max_prompt_length - len(bos)
+        prompt = prompt[max(0, len(prompt) - kept):] if config.truncation == "keep_end" else prompt[:kept]
         responses = [ids[:config.max_length - len(bos) - len(prompt)] for ids in responses]
     if not bos + prompt:
         raise Dropped("the prompt is empty, so nothing predicts the first token (add_bos=true gives it one)")
     if len(responses) == 2 and responses[0] == responses[1]:
-        raise Dropped("the two responses are equal in tokens" + (" after truncation" if cut else ""))
-    return bos + prompt, responses, cut
-
-
-# ---------------------------------------------------------------- batches: from examples to tensors
-
-
-def stream(num_rows, start, stop, *, seed, shuffle):
-    """Row numbers at positions start to stop of the endless stream of epochs, each a seeded permutation."""
-    return [int(epoch_order(num_rows, seed, position // num_rows, shuffle)[position % num_rows])
-            for position in range(start, stop)]
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_rows, seed, epoch, shuffle):
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_rows, generator=generator) if shuffle else torch.arange(num_rows)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a microbatch is laid in rows, all as wide as the widest: each response after a prompt of its own;
-    or shared, examples one after another as they fit, each [prompt | chosen | rejected].
-
-    A row of T tokens costs T (linear + quadratic T).
-    """
-
-    shared: bool
-    linear: float = 1.0
-    quadratic: float = 0.0
-
-    def width(self, example):
-        return example.num_tokens if self.shared else example.row_length
-
-    def rows(self, examples, max_tokens=math.inf):
-        """Rows, lists of places in `examples`, which come longest first. They end with the first example that
-        the budget of tokens, padding counted, has no room for; the first always goes in."""
-        rows, room, width = [], [], 0
-        for place, example in enumerate(examples):
-            own = self.width(example)
-            i = next((i for i, left in enumerate(room) if self.shared and left >= own), len(rows))
-            if i == len(rows):
-                width = max(width, own)
-                height = (i + 1) * (1 if self.shared else len(example.responses))
-                if i > 0 and height * width > max_tokens:
-                    break
-                rows.append([])
-                room.append(width)
-            rows[i].append(place)
-            room[i] -= own
-        return rows
-
-    def cost(self, examples, rows):
-        """Of these rows, per token that is not repeated."""
-        width = max(sum(self.width(examples[i]) for i in row) for row in rows)
-        height = len(rows) if self.shared else len(rows) * len(examples[0].responses)
-        num_tokens = sum(examples[i].num_tokens for row in rows for i in row)
-        return height * width * (self.linear + self.quadratic * width) / num_tokens
-
-
-SEPARATE = Layout(shared=False)
-
-
-def deal(examples, num_ranks):
-    """Deals examples, longest first, each to the rank with the fewest tokens so far: a list for each rank."""
-    hands, tokens = [[] for _ in range(num_ranks)], [0] * num_ranks
-    for i in sorted(range(len(examples)), key=lambda i: -examples[i].num_tokens):
-        rank = tokens.index(min(tokens))
-        hands[rank].append(i)
-        tokens[rank] += examples[i].num_tokens
-    return [[examples[i] for i in sorted(hand)] for hand in hands]
-
-
-def microbatches(examples, parts, max_tokens, layouts=(SEPARATE,)):
-    """Cuts examples, longest first, into `parts` nearly equal parts, and these by a budget of tokens.
-
-    The budget counts padding; an example beyond it goes alone. Each microbatch gets the cheapest of the
-    layouts. Returns (examples, layout) pairs.
-    """
-    ordered = sorted(examples, key=layouts[-1].width, reverse=True)
-    batches = []
-    for i in range(parts):
-        part = ordered[i * len(ordered) // parts:(i + 1) * len(ordered) // parts]
-        while part:
-            choices = [(layout, layout.rows(part, max_tokens)) for layout in layouts]
-            layout, rows = min(choices, key=lambda choice: choice[0].cost(part, choice[1]))
-            size = sum(map(len, rows))
-            batches.append((part[:size], layout))
-            part = part[size:]
-    return batches
-
-
-@dataclass
-class Batch:
-    """Tensors of B examples with K responses each, laid in R rows of T tokens, padded on the right.
-
-    input_ids, positions: (R, T) int64; a token's position is that in its prompt with its own response.
-    segments: (R, T) int64, a number for each prompt and each response, -1 for padding.
-    prompts: (R, T) int64, the segment of each token's prompt: a token sees that and its own segment. Both are
-    None where each row is one response, which a causal model sees so by itself.
-    states: (N,) int64, for each of N response tokens the place in R * T of the token that predicts it.
-    targets: (N,) int64, those tokens, response after response, all chosen before all rejected.
-    lengths, ends: (K * B,) int64, the responses' tokens, and the place of each one's last token.
-    columns: name -> (B,) float.
-    is_idle: whether it is there only to keep pace with other ranks, and its numbers count nowhere.
-
-    One pair, prompt [5, 6], chosen [7, 1], rejected [8, 9, 1], separate and shared:
-
-        input_ids   5 6 7 1 0     input_ids   5 6 7 1 8 9 1     targets  7 1 8 9 1
-                    5 6 8 9 1     positions   0 1 2 3 2 3 4     lengths  2 3
-        states      1 2 6 7 8     segments    0 0 1 1 2 2 2
-        ends        3 9           prompts     0 0 0 0 0 0 0
-                                  states      1 2 1 4 5
-                                  ends        3 6
-    """
-
-    examples: list
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    segments: torch.Tensor | None
-    prompts: torch.Tensor | None
-    states: torch.Tensor
-    targets: torch.Tensor
-    lengths: torch.Tensor
-    ends: torch.Tensor
-    columns: dict
-    is_idle: bool = False
-
-    def to(self, device):
-        """On a GPU the copies are queued, and nobody waits for them."""
-        def move(value):
-            if not torch.is_tensor(value) or device.type == "cpu":
-                return value
-            return value.pin_memory().to(device, non_blocking=True)
-        values = {name: move(value) for name, value in vars(self).items() if name != "columns"}
-        return Batch(**values, columns={name: move(column) for name, column in self.columns.items()})
-
-
-def collate(examples, dtype=torch.float32, layout=SEPARATE):
-    """Examples, longest first, to a Batch; its columns are of `dtype`. See Batch for what is laid where."""
-    num_responses = len(examples[0].responses)
-    if layout.shared:
-        rows = [[(place, range(num_responses)) for place in row] for row in layout.rows(examples)]
-    else:
-        rows = [[(place, [k])] for k in range(num_responses) for place in range(len(examples))]
-    width = max(sum(len(examples[i].prompt) + sum(len(examples[i].responses[k]) for k in ks) for i, ks in row)
-                for row in rows)
-    input_ids, positions = np.zeros((2, len(rows), width), np.int64)
-    segments, prompts = np.full((2, len(rows), width), -1, np.int64)
-    states, ends = ([None] * num_responses * len(examples) for _ in range(2))
-    for r, row in enumerate(rows):
-        at, segment = 0, 0
-        for place, ks in row:
-            example = examples[place]
-            last, own_prompt = at + len(example.prompt) - 1, segment
-            for k in (None, *ks):
-                ids, start = (example.prompt, 0) if k is None else (example.responses[k], len(example.prompt))
-                span = slice(at, at + len(ids))
-                input_ids[r, span], positions[r, span] = ids, np.arange(start, start + len(ids))
-                segments[r, span], prompts[r, span] = segment, own_prompt
-                if k is not None:
-                    number = k * len(examples) + place
-                    states[number] = r * width + np.append(last, np.arange(at, at + len(ids) - 1))
-                    ends[number] = r * width + at + len(ids) - 1
-                at, segment = at + len(ids), segment + 1
-    answers = [example.responses[k] for k in range(num_responses) for example in examples]
-    columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
-    columns |= dict(zip(COMPUTED_COLUMNS, zip(*(map(len, example.responses) for example in examples))))
-    tensors = (input_ids, positions, *((segments, prompts) if layout.shared else (None, None)),
-               np.concatenate(states), np.concatenate(answers).astype(np.int64),
-               np.array([len(ids) for ids in answers]), np.array(ends))
-    return Batch(list(examples), *(x if x is None else torch.from_numpy(x) for x in tensors),
-                 {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()})
+        raise Dropped("the two responses are equal in tokens" + (" after truncation" if is_too_long else ""))
+    return bos + prompt, responses, is_too_long

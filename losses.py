@@ -15,8 +15,10 @@ examples or tokens; the trainer does, once, over the whole global batch. Through
     h = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)],  w chosen, l rejected.
 """
 
-from dataclasses import dataclass
-from typing import Callable
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 
@@ -213,24 +215,39 @@ class Objective:
     what it takes of the models: `logps` of responses, a scalar head's `scores`, or the `logits` of tokens.
     needs_teacher: the reference must be named in the config. self_play: the rejected responses are the
     policy's own, sampled anew in each iteration, and the reference is the policy at the iteration's start.
-    columns: keyword tensors (B,) that `loss` takes besides the keys of its config block, from the data or,
-    for data.COMPUTED_COLUMNS, from the batch. average: what a batch's losses are divided by, its `examples`
-    or its response `tokens`; a key `average` in the loss's config block overrides it.
+    evaluated_as: the loss of held-out examples, where it is another. columns: keyword tensors (B,) that
+    `loss` takes besides the keys of its config block, from the data or, for batches.COMPUTED_COLUMNS, from
+    the batch.
+    average: what a batch's losses are divided by, its `examples` or its response `tokens`; a key `average` in
+    the loss's config block overrides it.
     """
 
     loss: Callable
     needs_pairs: bool
     needs_reference: bool
-    columns: tuple = ()
-    average: str = "examples"
     inputs: str = "logps"
     needs_teacher: bool = False
     self_play: bool = False
+    evaluated_as: str | None = None
+    columns: tuple[str, ...] = ()
+    average: str = "examples"
 
     @property
     def reads_pairs(self):
         """Whether a row must bring both responses."""
         return self.needs_pairs and not self.self_play
+
+    def bound(self, settings: dict):
+        """The same with those settings of its config block put into `loss` that its signature names."""
+        known = inspect.signature(self.loss).parameters
+        loss = functools.partial(self.loss, **{name: settings[name] for name in settings if name in known})
+        return replace(self, loss=loss, average=settings.get("average", self.average))
+
+    def denominator(self, examples) -> int:
+        """What the sum of a global batch's losses is divided by."""
+        if self.average == "tokens":
+            return sum(len(response) for example in examples for response in example.responses)
+        return len(examples)
 
 
 OBJECTIVES = {
@@ -240,7 +257,7 @@ OBJECTIVES = {
                      columns=("chosen_length", "rejected_length")),
     "rpo": Objective(rpo_loss, needs_pairs=True, needs_reference=True,
                      columns=("chosen_reward", "rejected_reward")),
-    "spin": Objective(spin_loss, needs_pairs=True, needs_reference=True, self_play=True),
+    "spin": Objective(spin_loss, needs_pairs=True, needs_reference=True, self_play=True, evaluated_as="sft"),
     "rm": Objective(rm_loss, needs_pairs=True, needs_reference=False, inputs="scores"),
     "kd": Objective(kd_loss, needs_pairs=False, needs_reference=True, needs_teacher=True, inputs="logits",
                     average="tokens"),

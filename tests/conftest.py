@@ -1,3 +1,5 @@
+"""What all tests share: an empty folder each, offline, on one thread; small runs that are made once."""
+
 import os
 import sys
 
@@ -5,67 +7,42 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERB
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
+DATA = os.path.join(HERE, "data")
 SHARED = os.path.join(os.path.dirname(ROOT), "shared")
 
+import dataclasses
+import fcntl
 import json
+import shutil
+import subprocess
 import tempfile
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import data
 import train
+from engine import InputError
+from engine.checkpoints import load_config
+from engine.config import as_namespace, read_arguments
+from engine.toy import toy
+from losses import OBJECTIVES
 
-torch.set_num_threads(2)
-FEW_ROWS = os.path.join(tempfile.mkdtemp(), "few.jsonl")  # of toy: a run starts in no time
+torch.set_num_threads(1)  # on models this small several threads wait for each other
+TOY = data.DATASETS["toy"]
+data.DATASETS["toy"] = dataclasses.replace(TOY, num_samples=16)  # a test that needs all 1,024 puts TOY back
+TEMPORARY = tempfile.TemporaryDirectory()
+FEW_ROWS = os.path.join(TEMPORARY.name, "few.jsonl")  # 400 pairs of toy: a run starts in no time
+FORTY = os.path.join(TEMPORARY.name, "forty.jsonl")
 TINY_RUN = [f"data={FEW_ROWS}", "eval_data=toy", "num_eval_examples=8", "batch_size=4", "max_steps=3",
             "sample_max_tokens=8", "num_samples=2"]
+UNREPEATABLE = ("split", "time", "examples_per_second", "tokens_per_second")
 
 
-@pytest.fixture(autouse=True)
-def inside(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run():
-    """run("loss=dpo", ...) runs main in this process and returns the run's folder."""
-    def run_main(*arguments, status=0):
-        assert train.main(list(arguments)) == status
-        defaults, rules = train.read_schema()
-        return train.as_namespace(defaults | train.read_arguments(arguments, rules)).run_dir
-    return run_main
-
-
-@pytest.fixture
-def refused():
-    """refused("lr=-1") returns the sentence with which main refuses these arguments."""
-    def refusal(*arguments):
-        with pytest.raises(train.InputError) as caught:
-            train.main(list(arguments))
-        message = str(caught.value)
-        assert "\n" not in message
-        return message
-    return refusal
-
-
-@pytest.fixture(scope="session")
-def sft_run(tmp_path_factory):
-    """A finished small SFT run on toy: its folder."""
-    folder = str(tmp_path_factory.mktemp("sft") / "run")
-    arguments = [*TINY_RUN, "max_steps=60", "batch_size=32", "num_epochs=10", "eval_every=0", f"run_dir={folder}"]
-    assert train.main(arguments) == 0
-    return folder
-
-
-@pytest.fixture(scope="session")
-def rm_run(sft_run, tmp_path_factory):
-    """A reward model trained on toy for 150 steps: its folder."""
-    folder = str(tmp_path_factory.mktemp("rm") / "run")
-    assert train.main(["loss=rm", f"model={sft_run}/LATEST", "max_steps=150", "lr=5e-4", "num_eval_examples=null",
-                       "eval_every=1000", f"run_dir={folder}"]) == 0
-    return folder
+# ---------------------------------------------------------------- files
 
 
 def read_lines(path):
@@ -79,11 +56,10 @@ def write_lines(path, rows):
     return str(path)
 
 
-write_lines(FEW_ROWS, data.toy("train", True)[:400])
-
-
-def losses_of(folder):
-    return [line["loss"] for line in read_lines(os.path.join(folder, "metrics.jsonl")) if line["split"] == "train"]
+def write_bare_pairs(count=400):
+    """Toy's pairs without their rewards."""
+    return write_lines("bare.jsonl", [{name: row[name] for name in ("prompt", "chosen", "rejected")}
+                                      for row in toy("train", True)[:count]])
 
 
 def shared(*parts):
@@ -92,3 +68,175 @@ def shared(*parts):
     if not os.path.exists(path):
         pytest.skip("../shared is not beside this clone")
     return path
+
+
+write_lines(FEW_ROWS, toy("train", True)[:400])
+write_lines(FORTY, toy("train", True)[:40])
+
+
+# ---------------------------------------------------------------- runs in this process
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    """Every test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run():
+    """run("loss=dpo", ...) runs main in this process and returns the run's folder."""
+    def run_main(*arguments, status=0):
+        assert train.main(list(arguments)) == status
+        return as_namespace(read_arguments(arguments), data.DATASETS).run_dir
+    return run_main
+
+
+@pytest.fixture
+def refused():
+    """refused("lr=-1") returns the sentence with which main refuses these arguments."""
+    def refusal(*arguments):
+        with pytest.raises(InputError) as caught:
+            train.main(list(arguments))
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+    return refusal
+
+
+def config_of(*arguments):
+    return load_config(read_arguments(arguments), OBJECTIVES, data.DATASETS)[0]
+
+
+def make_trainer(*arguments):
+    """The Trainer of a small run that has not begun, with its folder."""
+    trainer = train.build_trainer(config_of(*TINY_RUN, *arguments))
+    os.makedirs(trainer.config.run_dir, exist_ok=True)
+    return trainer
+
+
+def needed(loss, sft_run):
+    """The settings without which a loss does not start, and those that make it quick."""
+    return {"kd": [f"reference={sft_run}/LATEST"], "spin": ["spin.max_tokens=8"]}.get(loss, [])
+
+
+# ---------------------------------------------------------------- runs that many tests use
+
+
+def made_once(factory, name, make):
+    """The folder that make(folder) filled, for the first of pytest-xdist's workers that asked."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / f"{name}.done").exists():
+            shutil.rmtree(base / name, ignore_errors=True)
+            make(str(base / name))
+            (base / f"{name}.done").touch()
+    return str(base / name)
+
+
+@pytest.fixture(scope="session")
+def sft_run(tmp_path_factory):
+    """A finished small SFT run on toy: its folder."""
+    def make(folder):
+        assert train.main([*TINY_RUN, "max_steps=60", "batch_size=32", "num_epochs=10", "eval_every=0",
+                           f"run_dir={folder}"]) == 0
+    return made_once(tmp_path_factory, "sft", make)
+
+
+@pytest.fixture(scope="session")
+def rm_run(sft_run, tmp_path_factory):
+    """A reward model trained on toy for 150 steps: its folder."""
+    def make(folder):
+        assert train.main(["loss=rm", f"model={sft_run}/LATEST", "max_steps=150", "lr=5e-4",
+                           "eval_every=1000", "eval_first=false", "num_eval_examples=null",
+                           f"run_dir={folder}"]) == 0
+    return made_once(tmp_path_factory, "rm", make)
+
+
+# ---------------------------------------------------------------- runs in processes of their own
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *arguments],
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, process=None, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        is_alive = process is None or process.poll() is None
+        assert is_alive and time.monotonic() < end, process and process.stdout.read()
+        time.sleep(0.005)
+
+
+def num_lines(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def losses_of(folder):
+    lines = read_lines(os.path.join(folder, "metrics.jsonl"))
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+def numbers(folder):
+    """The lines of metrics.jsonl without what no two runs share."""
+    return [{name: value for name, value in line.items() if name not in UNREPEATABLE}
+            for line in read_lines(f"{folder}/metrics.jsonl")]
+
+
+def same_weights(a, b):
+    first, second = (load_file(f"{folder}/LATEST/model.safetensors") for folder in (a, b))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def latest(folder):
+    """The step of a run's last checkpoint; -1 where there is none."""
+    return int(os.readlink(f"{folder}/LATEST").split("-")[1]) if os.path.lexists(f"{folder}/LATEST") else -1
+
+
+# ---------------------------------------------------------------- models, and what they say, plainly
+
+
+FAMILIES = {  # where a window is possible, of 8 tokens
+    "llama": {}, "gpt2": {}, "gpt_neox": {}, "opt": {}, "qwen2": {}, "qwen3": {}, "olmo2": {}, "cohere": {},
+    "mistral": {"sliding_window": 8}, "gemma2": {"sliding_window": 8}, "gemma3_text": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8}, "gpt_oss": {"sliding_window": 8}, "mixtral": {"sliding_window": 8},
+    "llama4_text": {"attention_chunk_size": 8, "intermediate_size_mlp": 48}}
+
+
+def tiny_of(model_type, **more):
+    """A small random causal model of a family, without its special defaults for size."""
+    more = FAMILIES.get(model_type, {}) | more
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if model_type == "opt":
+        size |= {"word_embed_proj_dim": 32, "ffn_dim": 48, "init_std": 0.3}
+    elif model_type not in ("gpt2", "bloom", "mpt", "gpt_neo", "mamba"):
+        size |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+    if model_type == "gpt_neo":
+        size |= {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]],
+                 "window_size": 8}
+        del size["num_hidden_layers"], size["num_attention_heads"]
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**size | {"initializer_range": 0.3} | more)
+    for name, value in list(vars(config).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def obvious_logp(model, example, response):
+    """log pi of one response: its own row, full logits, log_softmax, gather."""
+    ids = torch.tensor([[*example.prompt, *response]])
+    logps = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0]
+    start = len(example.prompt)
+    return sum(logps[at - 1, ids[0, at]] for at in range(start, ids.shape[1]))

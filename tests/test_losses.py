@@ -2,17 +2,19 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import train
+from engine.config import read_schema
 from losses import OBJECTIVES, dpo_loss, ipo_loss, kd_loss, rm_loss, rpo_loss, sft_loss, spin_loss
 
 # policy -1, -3; reference -2, -2: log-ratios +1 for chosen, -1 for rejected, so h = 2
 PAIR = [torch.tensor([x], dtype=torch.float64) for x in (-1.0, -3.0, -2.0, -2.0)]
 LENGTHS = {"chosen_length": torch.tensor([2.0]), "rejected_length": torch.tensor([4.0])}
-REWARDS = {name: torch.tensor([x], dtype=torch.float64) for name, x in (("chosen_reward", 3), ("rejected_reward", 1))}
+REWARDS = {"chosen_reward": torch.tensor([3.0], dtype=torch.float64),
+           "rejected_reward": torch.tensor([1.0], dtype=torch.float64)}
 PAIRWISE = {
     "dpo": lambda *logps, **options: dpo_loss(*logps, beta=0.5, **options),
     "ipo": lambda *logps, **options: ipo_loss(*logps, beta=0.5, **LENGTHS, **options),
@@ -42,7 +44,8 @@ def test_dpo_by_hand():
 
 def test_conservative_dpo_by_hand():
     # 0.9 * 0.31326168751822286 + 0.1 * (1 + 0.31326168751822286), as -log sigmoid(-1) = 1 - log sigmoid(1)
-    assert dpo_loss(*PAIR, beta=0.5, label_smoothing=0.1)[0].item() == pytest.approx(0.41326168751822286, abs=1e-12)
+    values, _ = dpo_loss(*PAIR, beta=0.5, label_smoothing=0.1)
+    assert values.item() == pytest.approx(0.41326168751822286, abs=1e-12)
 
 
 def test_ipo_by_hand():
@@ -68,6 +71,7 @@ def test_spin_by_hand():
 
 
 def test_spin_is_dpo_on_the_same_logps():
+    torch.manual_seed(0)
     logps = [torch.randn(50, dtype=torch.float64) * 5 for _ in range(4)]
     for options in ({"beta": 0.1}, {"beta": 2.0, "sft_weight": 0.3}):
         (spin, spin_metrics), (dpo, dpo_metrics) = spin_loss(*logps, **options), dpo_loss(*logps, **options)
@@ -117,10 +121,11 @@ def test_kd_by_hand(options, expected):
 
 @pytest.mark.parametrize("divergence", ["fwd_kl", "bwd_kl"])
 def test_kd_against_direct_sums(divergence):
+    torch.manual_seed(0)
     policy, reference = torch.randn(2, 5, 11, dtype=torch.float64) * 3
     q, p = ((x - x.max()).exp() / (x - x.max()).exp().sum(-1, keepdim=True) for x in (policy, reference))
     a, b = (p, q) if divergence == "fwd_kl" else (q, p)
-    direct = [sum(a[n, v].item() * math.log(a[n, v].item() / b[n, v].item()) for v in range(11)) for n in range(5)]
+    direct = [sum(x * math.log(x / y) for x, y in zip(*rows)) for rows in zip(a.tolist(), b.tolist())]
     values, _ = kd_loss(policy, reference, torch.zeros(5, dtype=torch.long), divergence=divergence)
     assert values.tolist() == pytest.approx(direct, rel=1e-10)
 
@@ -129,7 +134,7 @@ def test_kd_pulls_the_policy_to_the_reference():
     policy = LOGITS[0].clone().requires_grad_()
     kd_loss(policy, LOGITS[1], torch.tensor([0]))[0].sum().backward()
     assert policy.grad[0].tolist() == pytest.approx([-0.25, 0.25])  # q - p = [1/4, 3/4] - [1/2, 1/2]
-    assert kd_loss(LOGITS[1], LOGITS[1] + 7, torch.tensor([0]))[0].item() == pytest.approx(0, abs=1e-15)
+    assert kd_loss(LOGITS[1], LOGITS[1] + 7, torch.tensor([0]))[0].item() == pytest.approx(0, abs=1e-14)
 
 
 @pytest.mark.parametrize("divergence, expected", [
@@ -148,7 +153,8 @@ def test_rpo_by_hand(divergence, expected):
 
 
 def test_the_two_kl_divergences_of_rpo_differ():
-    forward, backward = (rpo_loss(*PAIR, **REWARDS, beta=0.5, divergence=name)[0].item() for name in ("fwd_kl", "bwd_kl"))
+    forward, backward = (rpo_loss(*PAIR, **REWARDS, beta=0.5, divergence=name)[0].item()
+                         for name in ("fwd_kl", "bwd_kl"))
     assert forward != pytest.approx(backward, rel=1e-3)
 
 
@@ -164,12 +170,13 @@ def test_sft_weight_adds_the_summed_chosen_logp(name):
 def test_policy_equal_to_reference():
     same = [PAIR[0], PAIR[1], PAIR[0], PAIR[1]]
     values, metrics = dpo_loss(*same, beta=0.1)
-    assert values.item() == pytest.approx(math.log(2), abs=1e-15)
+    assert values.item() == pytest.approx(math.log(2), abs=1e-14)
     assert metrics["rewards/accuracies"].item() == 0.0  # a tie is not a win
     assert ipo_loss(*same, **LENGTHS, beta=0.1)[0].item() == pytest.approx(25)  # (1 / 0.2)^2
     equal = {name: torch.tensor([1.0], dtype=torch.float64) for name in REWARDS}
     for divergence in ("bwd_kl", "fwd_kl", "sq"):
-        assert rpo_loss(*same, **equal, beta=0.1, divergence=divergence)[0].item() == pytest.approx(0, abs=1e-15)
+        values, _ = rpo_loss(*same, **equal, beta=0.1, divergence=divergence)
+        assert values.item() == pytest.approx(0, abs=1e-14)
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
@@ -227,8 +234,11 @@ def test_values_out_of_range_are_named(call, name):
         call()
 
 
+# ---------------------------------------------------------------- what the trainer asks about a loss
+
+
 def test_the_table_says_what_each_loss_takes():
-    defaults, _ = train.read_schema()
+    defaults, _ = read_schema()
     for name, objective in OBJECTIVES.items():
         parameters = inspect.signature(objective.loss).parameters.values()
         positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
@@ -237,8 +247,40 @@ def test_the_table_says_what_each_loss_takes():
                   for response in ["chosen", "rejected"][:1 + objective.needs_pairs]]
         assert positional == ([f"{model}_logits" for model in models] + ["targets"]
                               if objective.inputs == "logits" else wanted)
-        block = {key.split(".")[1] for key in defaults if key.startswith(name + ".")}
+        block = {key.split(".")[1]: value for key, value in defaults.items() if key.startswith(name + ".")}
         keywords = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-        trainers_own = {"average"} | ({"iterations", "lr", "temperature", "top_p", "top_k", "max_tokens", "mix_previous",
-                                       "reset_optimizer"} if objective.self_play else set())
-        assert keywords == (block - trainers_own) | set(objective.columns)
+        trainers_own = {"average"} | ({"iterations", "lr", "temperature", "top_p", "top_k", "max_tokens",
+                                       "mix_previous", "reset_optimizer"} if objective.self_play else set())
+        assert keywords == (block.keys() - trainers_own) | set(objective.columns)
+        # with its block bound to it only the columns are still to be given
+        left = inspect.signature(objective.bound(block).loss).parameters.values()
+        assert {p.name for p in left if p.kind == p.KEYWORD_ONLY and p.default is p.empty} == set(
+            objective.columns)
+
+
+def test_bound_puts_settings_into_a_loss():
+    # log-ratios 1/2 and -1/4 a token: (0.75 - 1)^2 = 0.0625, as in test_averaged_ipo_by_hand
+    bound = OBJECTIVES["ipo"].bound({"beta": 0.5, "average_logps": True, "sft_weight": 0.0})
+    assert bound.loss(*PAIR, **LENGTHS)[0].item() == 0.0625
+    assert bound.columns == ("chosen_length", "rejected_length") and OBJECTIVES["ipo"].loss is ipo_loss
+    # what the trainer reads is no argument of the loss: -log sigmoid(0.5 * 2) all the same
+    bound = OBJECTIVES["spin"].bound({"beta": 0.5, "iterations": 3, "temperature": 2.0, "lr": None})
+    assert bound.loss(*PAIR)[0].item() == pytest.approx(0.31326168751822286, abs=1e-12)
+
+
+@pytest.mark.parametrize("name, settings, denominator", [
+    ("sft", {"average": "tokens"}, 8), ("sft", {"average": "examples"}, 2), ("kd", {"temperature": 1.0}, 8),
+    ("dpo", {"beta": 0.1}, 2), ("rm", {}, 2)])
+def test_what_a_batchs_losses_are_divided_by(name, settings, denominator):
+    # 2 examples, with responses of 1 + 2 and of 5 tokens
+    examples = [SimpleNamespace(responses=([7], [8, 1])), SimpleNamespace(responses=([3, 4, 5, 6, 1],))]
+    assert OBJECTIVES[name].bound(settings).denominator(examples) == denominator
+
+
+def test_held_out_examples_have_what_their_loss_takes():
+    """Self-play's rows have one response, and so its held-out loss is SFT's; all others are their own."""
+    assert {name: x.evaluated_as for name, x in OBJECTIVES.items() if x.evaluated_as} == {"spin": "sft"}
+    assert [name for name, x in OBJECTIVES.items() if x.reads_pairs] == ["dpo", "ipo", "rpo", "rm"]
+    for objective in OBJECTIVES.values():
+        held_out = OBJECTIVES[objective.evaluated_as] if objective.evaluated_as else objective
+        assert held_out.needs_pairs <= objective.reads_pairs and not held_out.self_play

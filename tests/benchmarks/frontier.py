@@ -1,10 +1,11 @@
 """Reward against KL on toy, method by method and beta by beta, beside the best that any policy can do.
 
-    python tests/benchmarks/frontier.py [--seed 0] [--methods dpo ipo ...] [--steps 512] [--runs runs/frontier]
+    python tests/benchmarks/frontier.py [--seed 0] [--methods DPO IPO ...] [--steps 512] [--runs FOLDER]
 
-Trains one SFT model, then every method of METHODS from it, one process per core; a run that is there already is
-not repeated. Prints a table in Markdown and draws assets/frontier.png (needs matplotlib). About a quarter of an
-hour on two cores. The counterpart of Figure 2 of the DPO paper (arXiv:2305.18290), with the optimum known.
+Trains one SFT model, then every method of METHODS from it, one process per core; a run that is there already
+is not repeated. Prints a table in Markdown and draws assets/frontier.png (needs matplotlib). About a quarter
+of an hour on two cores. The counterpart of Figure 2 of the DPO paper (arXiv:2305.18290), with the optimum
+known.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-import data
+from engine.toy import toy, toy_optimal_reward
 
 BETAS = (0.5, 1, 2, 4)
 METHODS = {  # name: settings, and the betas
@@ -32,7 +33,8 @@ METHODS = {  # name: settings, and the betas
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="beginnings of METHODS' names")
     parser.add_argument("--steps", type=int, default=512, help="optimizer steps of every method")
@@ -44,16 +46,18 @@ def main():
     os.makedirs(folder, exist_ok=True)
     pairs = os.path.join(folder, "pairs.jsonl")  # for SPIN, which on toy itself reads unlabelled responses
     with open(pairs, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in data.toy("train", True))
+        file.writelines(json.dumps(row) + "\n" for row in toy("train", True))
 
     def train(name, *settings):
         """Runs train.py, or finds the run there; returns its last evaluation."""
         run_dir = os.path.join(folder, name)
         command = [sys.executable, os.path.join(ROOT, "train.py"), *settings, f"run_dir={run_dir}",
-                   f"seed={arguments.seed}", "resume=auto", "eval_first=false", "eval_every=100000", "save_every=0"]
+                   f"seed={arguments.seed}", "resume=auto", "eval_first=false", "eval_every=100000",
+                   "save_every=0"]
         if not os.path.exists(os.path.join(run_dir, "done")):
             print(name, flush=True)
-            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                                  text=True)
             if done.returncode:
                 sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
             open(os.path.join(run_dir, "done"), "w").close()
@@ -105,10 +109,11 @@ def draw(points, arguments):
     figure, axes = pyplot.subplots(figsize=(8, 5))
     widest = max(point["samples/kl"] for point in points) * 1.05
     grid = [widest * i / 400 for i in range(401)]
-    axes.plot(grid, [data.toy_optimal_reward(kl) for kl in grid], color="black", label="best possible")
+    axes.plot(grid, [toy_optimal_reward(kl) for kl in grid], color="black", label="best possible")
     for number, method in enumerate(dict.fromkeys(point["method"] for point in points)):
         line = [(p["samples/kl"], p["samples/reward"]) for p in points if p["method"] == method]  # by beta
-        axes.plot(*zip(*line), marker="osD^v<>"[number % 7], markersize=6, linewidth=1, alpha=0.85, label=method)
+        axes.plot(*zip(*line), marker="osD^v<>"[number % 7], markersize=6, linewidth=1, alpha=0.85,
+                  label=method)
     axes.set_xlabel("KL of the policy from its SFT model, nats per response")
     axes.set_ylabel("mean reward of 1,024 samples (-4 to 4)")
     axes.set_title(f"toy, seed {arguments.seed}, {arguments.steps} steps of 32 pairs; a point for each beta")

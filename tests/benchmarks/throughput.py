@@ -5,10 +5,11 @@
 
 Contenders take turns in one run, each in a process of its own with the same weights, rows and order: this
 project with the settings key=value, again with those of every --against laid over them, TRL's DPOTrainer with
-its reference precomputed (--peer trl, if it is installed), and plain matrix products. A config's .json gets random
-weights and needs tokenizer=; by default it is that of a Llama of 17M parameters. --lengths makes rows of random
-tokens, so many in prompt, chosen and rejected. Prints medians over the rounds, the median of the rounds' ratios, and
-the parts of a step; the peak memory is that of the whole process, on a GPU that of the tensors.
+its reference precomputed (--peer trl, if it is installed), and plain matrix products. A config's .json gets
+random weights and needs tokenizer=; by default it is that of a Llama of 17M parameters. --lengths makes rows
+of random tokens, so many in prompt, chosen and rejected. Prints medians over the rounds, the median of the
+rounds' ratios, and the parts of a step; the peak memory is that of the whole process, on a GPU that of the
+tensors.
 """
 
 import argparse
@@ -30,7 +31,8 @@ DEFAULTS = ["loss=dpo", "batch_size=8", "truncation=drop", "eval_every=0", "shuf
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.path.join(os.path.dirname(__file__), "llama17m.json"))
     parser.add_argument("--data", required=True)
     parser.add_argument("--peer", choices=["trl"])
@@ -63,10 +65,12 @@ def make_model(arguments, settings, folder):
     if not path:
         sys.exit(f"{arguments.model} is a config without a tokenizer: name one by tokenizer=")
     tokenizer = AutoTokenizer.from_pretrained(path)
+    given = (setting.split("=") for setting in arguments.set)
     with open(arguments.model) as file:
-        options = json.load(file) | {key: json.loads(value) for key, value in (x.split("=") for x in arguments.set)}
+        options = json.load(file) | {key: json.loads(value) for key, value in given}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options, eos_token_id=tokenizer.eos_token_id))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**options, eos_token_id=tokenizer.eos_token_id))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -108,17 +112,17 @@ def report(arguments, seconds, lines, parts):
     pairs, tokens = lines["here"]["pairs"], lines["here"]["tokens"]
     print(f"\n{pairs} pairs of {tokens / pairs:.0f} tokens on average, "
           f"{lines['here']['parameters']:,} parameters; plain matrix products: {rate:.0f} GFLOP/s\n")
-    print("| | pairs/s | times here | tokens/s | peak memory, MB | largest difference of a loss | share of the matrix "
-          "products' rate |\n|---|---|---|---|---|---|---|")
+    print("| | pairs/s | times here | tokens/s | peak memory, MB | largest difference of a loss "
+          "| share of the matrix products' rate |\n|---|---|---|---|---|---|---|")
     first, *_ = here = [name for name in seconds if name != "matrix products"]
     for name in here:
         line, median = lines[name], statistics.median(seconds[name])
         ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name]))
         gap = max(abs(a - b) for a, b in zip(line["losses"], lines[first]["losses"]))
-        count = line["pairs"] / arguments.rounds
-        necessary = sum(lines[first]["necessary"].values()) / arguments.rounds
-        print(f"| {name} | {count / median:.2f} | {ratio:.3f} | {lines[first]['tokens'] / arguments.rounds / median:.0f} | "
-              f"{line['memory']:.0f} | {gap:.1e} | {necessary / median / 1e9 / rate:.1%} |")
+        count, tokens = (value / arguments.rounds for value in (line["pairs"], lines[first]["tokens"]))
+        flop = sum(lines[first]["necessary"].values()) / arguments.rounds
+        print(f"| {name} | {count / median:.2f} | {ratio:.3f} | {tokens / median:.0f} | "
+              f"{line['memory']:.0f} | {gap:.1e} | {flop / median / 1e9 / rate:.1%} |")
     for name, part in parts.items():
         total = sum(part["seconds"].values())
         median = statistics.median(seconds[name])
@@ -128,7 +132,8 @@ def report(arguments, seconds, lines, parts):
             flop = lines[name]["necessary"].get(key, 0) / arguments.rounds / arguments.steps / 1e9
             spent = value / total * median / arguments.steps
             print(f"| {key} | {value / total:.1%} | {flop:.2f} | {f'{flop / spent:.0f}' if flop else ''} |")
-        print(f"reference: computed in {part['reference']:.1f} s, read from the cache in {part['cache']:.2f} s")
+        print(f"reference: computed in {part['reference']:.1f} s, "
+              f"read from the cache in {part['cache']:.2f} s")
 
 
 # ---------------------------------------------------------------- in the contenders' processes
@@ -144,48 +149,59 @@ def serve(prepare, go, parts=None):
         print("\x00" + json.dumps(values), file=answers, flush=True)
 
 
+def config_of(settings):
+    from data import DATASETS
+    from engine.checkpoints import load_config
+    from engine.config import read_arguments
+    from losses import OBJECTIVES
+    return load_config(read_arguments(settings), OBJECTIVES, DATASETS)[0]
+
+
 def load_examples(arguments, settings):
     """The config, and the examples of all steps in order: the data's first, or random tokens of --lengths."""
     import numpy as np
-    import data
-    import train
-    import trainers
-    config, _ = train.load_config(settings)
+
+    from data import encode, load_rows
+    from engine.models import load_tokenizer
+    from losses import OBJECTIVES
+    config = config_of(settings)
     need = config.batch_size * (WARM_UP + arguments.steps * arguments.rounds)
-    rows, report = data.load_rows(config.data, "train", train.OBJECTIVES[config.loss])
-    tokenizer = trainers.load_tokenizer(config.tokenizer or config.model, rows, config)
-    examples = data.encode(rows, report, tokenizer, config, [tokenizer.eos_token_id], need)
+    rows, report = load_rows(config.data, "train", OBJECTIVES[config.loss])
+    texts = (text for row in rows for text in (row.prompt, *row.responses))
+    tokenizer = load_tokenizer(config.tokenizer or config.model, texts, config)
+    examples = encode(rows, report, tokenizer, config, [tokenizer.eos_token_id], need)
     if arguments.lengths:
         noise, lengths = np.random.default_rng(0), [int(x) for x in arguments.lengths.split(",")]
         examples = [dataclasses.replace(examples[0], prompt=ids[0], responses=tuple(ids[1:])) for ids in (
             [noise.integers(3, len(tokenizer), n, np.int32) for n in lengths] for _ in range(need))]
     while len(examples) < need:  # a small file is read again
         examples += examples[:need - len(examples)]
-    return config, tokenizer, examples
+    # each an object of its own, into whose columns its reference's log-probabilities are filled
+    return config, tokenizer, [dataclasses.replace(x, columns=dict(x.columns)) for x in examples]
 
 
 WARM_UP = 4  # steps
 
 
 def run_here(arguments, settings):
-    import torch
     import train
-    import trainers
-    state = {"losses": [], "seconds": {}}
+    state = {"losses": []}
 
     def prepare():
         config, tokenizer, examples = load_examples(arguments, settings)
         with contextlib.redirect_stdout(sys.stderr):
             trainer = train.build_trainer(config)
-        trainer.eval_examples, trainer.data_examples = [], examples
-        trainer.train_examples = examples if trainer.objective.needs_pairs else [
+        examples = examples if trainer.objective.needs_pairs else [
             dataclasses.replace(example, responses=example.responses[:1]) for example in examples]
-        trainer.layouts = trainer.choose_layouts()
+        trainer.data.train_examples = trainer.train_examples = examples
+        trainer.data.eval_examples, trainer.data.sample_examples = [], []
+        reference = trainer.reference
+        trainer.batcher = trainer.make_batcher(trainer.policy, reference, trainer.reward_model)
         for key in ("reference", "cache"):
-            started = time.perf_counter()
-            if key == "reference" or trainer.reference is None or trainer.reference.device.type == "meta":
-                trainer.fill_in_reference()
+            trainer.reference, started = reference, time.perf_counter()
+            trainer.fill_in_reference()  # and lets go of the reference
             state[key] = time.perf_counter() - started
+        del reference  # or the peak memory would be that of two models
         for _ in range(WARM_UP):
             trainer.train_step()
         state["trainer"] = trainer
@@ -205,8 +221,8 @@ def run_here(arguments, settings):
     def parts():
         trainer = state["trainer"]
         trainer.examples = WARM_UP * trainer.config.batch_size  # the same examples again
-        return {"seconds": profile(trainer, steps, torch, trainers), "reference": state["reference"],
-                "cache": state["cache"]}
+        trainer.next_batch = None  # which was made ahead for another place
+        return {"seconds": profile(trainer, steps), "reference": state["reference"], "cache": state["cache"]}
     serve(prepare, go, parts)
 
 
@@ -228,27 +244,30 @@ def necessary(trainer, examples):
     return flop
 
 
-def profile(trainer, steps, torch, trainers):
-    """Seconds of steps by part, from torch's profiler: matrix products with a vocabulary's side are the head's."""
-    from torch.profiler import ProfilerActivity, profile as profiler, record_function
+def profile(trainer, steps):
+    """Seconds of steps by part, from torch's profiler: matrix products with the vocabulary are the head's."""
+    import torch
+    from torch.profiler import ProfilerActivity, record_function
+
+    from engine import batches
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    collate = trainers.collate
+    collate = batches.collate
 
     def recorded(*arguments, **options):
         with record_function("batch making"):
             return collate(*arguments, **options)
-    trainers.collate = recorded
+    batches.collate = recorded
     steps()
-    with profiler(activities=activities, record_shapes=True) as result:
+    with torch.profiler.profile(activities=activities, record_shapes=True) as result:
         started = time.perf_counter()
         steps()
         wall = time.perf_counter() - started
-    trainers.collate = collate
+    batches.collate = collate
     vocabulary = trainer.policy.get_input_embeddings().weight.shape[0]
     examples = trainer.train_examples[:trainer.position]
     share = sum(len(example.prompt) for example in examples) / sum(example.num_tokens for example in examples)
-    names = ("prompt", "response", "head", "attention", "other arithmetic of the model and its backward", "optimizer",
-             "batch making")
+    rest = "other arithmetic of the model and its backward"
+    names = ("prompt", "response", "head", "attention", rest, "optimizer", "batch making")
     seconds = dict.fromkeys(names, 0.0)
     on_gpu = torch.cuda.is_available()
     for event in result.key_averages(group_by_input_shape=True):
@@ -259,12 +278,13 @@ def profile(trainer, steps, torch, trainers):
             seconds["response"] += spent * (1 - share)
         elif "attention" in event.key or "flex" in event.key:
             seconds["attention"] += spent
-        elif event.key in ("aten::mm", "aten::addmm") or "log_softmax" in event.key or "nll_loss" in event.key:
+        elif event.key in ("aten::mm", "aten::addmm") or (
+                "log_softmax" in event.key or "nll_loss" in event.key):
             seconds["head"] += spent
         elif event.key == "batch making" or event.key.startswith("Optimizer.step"):
             total = (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
             seconds["optimizer" if event.key != "batch making" else "batch making"] += total
-    seconds[names[4]] = wall - sum(seconds.values())
+    seconds[rest] = wall - sum(seconds.values())
     return seconds
 
 
@@ -276,8 +296,9 @@ def run_trl(arguments, settings):
     from trl import DPOConfig, DPOTrainer
     state = {"losses": []}
     config, tokenizer, examples = load_examples(arguments, settings)
-    rows = Dataset.from_list([{"prompt_ids": example.prompt.tolist(), "chosen_ids": example.responses[0].tolist(),
-                               "rejected_ids": example.responses[1].tolist()} for example in examples])
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = Dataset.from_list([dict(zip(names, (ids.tolist() for ids in (example.prompt, *example.responses))))
+                              for example in examples])
     answers, sys.stdout = sys.stdout, sys.stderr
 
     class Peer(DPOTrainer):
@@ -286,10 +307,11 @@ def run_trl(arguments, settings):
 
     class Turns(TrainerCallback):
         def on_step_end(self, arguments_, trainer_state, control, **options):
-            if trainer_state.global_step == WARM_UP:
+            done = trainer_state.global_step - WARM_UP
+            if done == 0:
                 state["losses"].clear()
                 print("\x00{}", file=answers, flush=True)
-            elif trainer_state.global_step > WARM_UP and (trainer_state.global_step - WARM_UP) % arguments.steps == 0:
+            elif done > 0 and done % arguments.steps == 0:
                 synchronize(torch)
                 state["due"] = time.perf_counter() - state["started"]
             else:
@@ -301,8 +323,9 @@ def run_trl(arguments, settings):
                 state["losses"].append(logs["loss"])
             if state.pop("answer", False):
                 pairs = (trainer_state.global_step - WARM_UP) * config.batch_size
-                print("\x00" + json.dumps({"seconds": state.pop("due"), "losses": state["losses"], "pairs": pairs,
-                                           "memory": peak_memory()}), file=answers, flush=True)
+                values = {"seconds": state.pop("due"), "losses": state["losses"], "pairs": pairs,
+                          "memory": peak_memory()}
+                print("\x00" + json.dumps(values), file=answers, flush=True)
 
         def on_step_begin(self, arguments_, trainer_state, control, **options):
             done = trainer_state.global_step - WARM_UP
@@ -312,18 +335,19 @@ def run_trl(arguments, settings):
     bf16 = config.compute_dtype == "bfloat16"
     options = DPOConfig(
         output_dir=os.path.join(config.run_dir, "trl"), per_device_train_batch_size=config.batch_size,
-        learning_rate=config.lr, lr_scheduler_type="constant", optim="rmsprop", max_grad_norm=config.max_grad_norm,
-        max_steps=len(examples) // config.batch_size, logging_steps=1, report_to="none", save_strategy="no",
-        train_sampling_strategy="sequential", precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=bf16,
-        beta=config.dpo["beta"], max_length=config.max_length, disable_tqdm=True)
+        learning_rate=config.lr, lr_scheduler_type="constant", optim="rmsprop",
+        max_grad_norm=config.max_grad_norm, max_steps=len(examples) // config.batch_size, logging_steps=1,
+        report_to="none", save_strategy="no", train_sampling_strategy="sequential",
+        precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=bf16, beta=config.dpo["beta"],
+        max_length=config.max_length, disable_tqdm=True)
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    Peer(model=model, args=options, train_dataset=rows, processing_class=tokenizer, callbacks=[Turns()]).train()
+    Peer(model=model, args=options, train_dataset=rows, processing_class=tokenizer,
+         callbacks=[Turns()]).train()
 
 
 def run_matmul(arguments, settings):
     import torch
-    import train
-    config, _ = train.load_config(settings)
+    config = config_of(settings)
     device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, config.compute_dtype)) for _ in range(2))
     out, times = torch.empty_like(a), 10
@@ -346,8 +370,9 @@ def synchronize(torch):
 def peak_memory():
     """MB: of the process, or of the device where there is one."""
     import torch
-    on_gpu = torch.cuda.is_available()
-    return torch.cuda.max_memory_allocated() / 1e6 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 WORKERS = {"here": run_here, "trl": run_trl, "matmul": run_matmul}

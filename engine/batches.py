@@ -1,0 +1,263 @@
+"""How do token ids become a batch? Examples -> microbatches -> collate -> Batch; each rank has its share."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from engine.distributed import StopRequest, device, from_all, num_ranks, rank
+from engine.report import progress
+
+COMPUTED_COLUMNS = ("chosen_length", "rejected_length")  # an objective's columns that no row has to bring
+REWARDS = ("chosen_reward", "rejected_reward")  # columns that a reward model can fill
+
+
+@dataclass
+class Example:
+    """Token ids of one row, as int32 arrays, responses with their end token unless it was cut off."""
+
+    where: str
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    columns: dict[str, float]
+
+    @property
+    def num_tokens(self):
+        """Each prompt and response once, no padding."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def row_length(self):
+        return len(self.prompt) + max(map(len, self.responses))
+
+
+def stream(num_rows, start, stop, *, seed, shuffle) -> list[int]:
+    """Row numbers at positions start to stop of the endless stream of epochs, each a seeded permutation."""
+    return [int(epoch_order(num_rows, seed, position // num_rows, shuffle)[position % num_rows])
+            for position in range(start, stop)]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_rows, seed, epoch, shuffle):
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_rows, generator=generator) if shuffle else torch.arange(num_rows)
+
+
+# ---------------------------------------------------------------- which examples go together, in which rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a microbatch is laid in rows, all as wide as the widest: each response after a prompt of its own;
+    or shared, examples one after another as they fit, each [prompt | chosen | rejected].
+
+    A row of T tokens costs T (linear + quadratic T).
+    """
+
+    shared: bool
+    linear: float = 1.0
+    quadratic: float = 0.0
+
+    def width(self, example):
+        return example.num_tokens if self.shared else example.row_length
+
+    def rows(self, examples, max_tokens=math.inf):
+        """Rows, lists of places in `examples`, which come longest first. They end with the first example that
+        the budget of tokens, padding counted, has no room for; the first always goes in."""
+        rows, room, width = [], [], 0
+        for place, example in enumerate(examples):
+            own = self.width(example)
+            i = next((i for i, left in enumerate(room) if self.shared and left >= own), len(rows))
+            if i == len(rows):
+                width = max(width, own)
+                height = (i + 1) * (1 if self.shared else len(example.responses))
+                if i > 0 and height * width > max_tokens:
+                    break
+                rows.append([])
+                room.append(width)
+            rows[i].append(place)
+            room[i] -= own
+        return rows
+
+    def cost(self, examples, rows):
+        """Of these rows, per token that is not repeated."""
+        width = max(sum(self.width(examples[i]) for i in row) for row in rows)
+        height = len(rows) if self.shared else len(rows) * len(examples[0].responses)
+        num_tokens = sum(examples[i].num_tokens for row in rows for i in row)
+        return height * width * (self.linear + self.quadratic * width) / num_tokens
+
+
+SEPARATE = Layout(shared=False)
+
+
+def microbatches(examples, num_parts, max_tokens, layouts=(SEPARATE,)) -> list[tuple[list[Example], Layout]]:
+    """Cuts examples, longest first, into nearly equal parts, and these by a budget of tokens.
+
+    The budget counts padding; an example beyond it goes alone. Each microbatch gets the cheapest of the
+    layouts.
+    """
+    ordered = sorted(examples, key=layouts[-1].width, reverse=True)
+    parts = []
+    for i in range(num_parts):
+        rest = ordered[i * len(ordered) // num_parts:(i + 1) * len(ordered) // num_parts]
+        while rest:
+            choices = [(layout, layout.rows(rest, max_tokens)) for layout in layouts]
+            layout, rows = min(choices, key=lambda choice: choice[0].cost(rest, choice[1]))
+            size = sum(map(len, rows))
+            parts.append((rest[:size], layout))
+            rest = rest[size:]
+    return parts
+
+
+def default_max_tokens(compute_dtype: str) -> int:
+    """Tokens of a microbatch that suit the caches of a CPU, or fill a GPU."""
+    on_cpu = 2**11 if compute_dtype == "bfloat16" else 2**10
+    return 2**14 if device().type == "cuda" else on_cpu
+
+
+def split_over_ranks(examples, num_ranks) -> list[list[Example]]:
+    """Deals examples, longest first, each to the rank with the fewest tokens so far: a list for each rank."""
+    shares, tokens = [[] for _ in range(num_ranks)], [0] * num_ranks
+    for i in sorted(range(len(examples)), key=lambda i: -examples[i].num_tokens):
+        poorest = tokens.index(min(tokens))
+        shares[poorest].append(i)
+        tokens[poorest] += examples[i].num_tokens
+    return [[examples[i] for i in sorted(share)] for share in shares]
+
+
+# ---------------------------------------------------------------- tensors
+
+
+@dataclass
+class Batch:
+    """Tensors of B examples with K responses each, laid in R rows of T tokens, padded on the right.
+
+    input_ids, positions: (R, T) int64; a token's position is that in its prompt with its own response.
+    segments: (R, T) int64, a number for each prompt and each response, -1 for padding.
+    prompts: (R, T) int64, the segment of each token's prompt: a token sees that and its own segment. Both are
+    None where each row is one response, which a causal model sees so by itself.
+    states: (N,) int64, for each of N response tokens the place in R * T of the token that predicts it.
+    targets: (N,) int64, those tokens, response after response, all chosen before all rejected.
+    lengths, ends: (K * B,) int64, the responses' tokens, and the place of each one's last token.
+    columns: name -> (B,) float.
+    is_idle: whether it is there only to keep pace with other ranks, and its numbers count nowhere.
+
+    One pair, prompt [5, 6], chosen [7, 1], rejected [8, 9, 1], separate and shared:
+
+        input_ids   5 6 7 1 0     input_ids   5 6 7 1 8 9 1     targets  7 1 8 9 1
+                    5 6 8 9 1     positions   0 1 2 3 2 3 4     lengths  2 3
+        states      1 2 6 7 8     segments    0 0 1 1 2 2 2
+        ends        3 9           prompts     0 0 0 0 0 0 0
+                                  states      1 2 1 4 5
+                                  ends        3 6
+    """
+
+    examples: list[Example]
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    segments: torch.Tensor | None
+    prompts: torch.Tensor | None
+    states: torch.Tensor
+    targets: torch.Tensor
+    lengths: torch.Tensor
+    ends: torch.Tensor
+    columns: dict[str, torch.Tensor]
+    is_idle: bool = False
+
+    def to(self, target: torch.device):
+        """On a GPU the copies are queued, and nobody waits for them."""
+        def move(value):
+            if not torch.is_tensor(value) or target.type == "cpu":
+                return value
+            return value.pin_memory().to(target, non_blocking=True)
+        moved = {name: move(value) for name, value in vars(self).items()}
+        return replace(self, **moved | {"columns": {name: move(x) for name, x in self.columns.items()}})
+
+
+def collate(examples: list[Example], dtype=torch.float32, layout=SEPARATE) -> Batch:
+    """Examples, longest first, to a Batch; its columns are of `dtype`. See Batch for what is laid where."""
+    num_responses = len(examples[0].responses)
+    if layout.shared:
+        rows = [[(place, range(num_responses)) for place in row] for row in layout.rows(examples)]
+    else:
+        rows = [[(place, [k])] for k in range(num_responses) for place in range(len(examples))]
+    width = max(sum(len(examples[i].prompt) + sum(len(examples[i].responses[k]) for k in ks) for i, ks in row)
+                for row in rows)
+    input_ids, positions = np.zeros((2, len(rows), width), np.int64)
+    segments, prompts = np.full((2, len(rows), width), -1, np.int64)
+    states, ends = ([None] * num_responses * len(examples) for _ in range(2))
+    for r, row in enumerate(rows):
+        at, segment = 0, 0
+        for place, ks in row:
+            example = examples[place]
+            last, own_prompt = at + len(example.prompt) - 1, segment
+            for k in (None, *ks):
+                ids, start = (example.prompt, 0) if k is None else (example.responses[k], len(example.prompt))
+                span = slice(at, at + len(ids))
+                input_ids[r, span], positions[r, span] = ids, np.arange(start, start + len(ids))
+                segments[r, span], prompts[r, span] = segment, own_prompt
+                if k is not None:
+                    number = k * len(examples) + place
+                    states[number] = r * width + np.append(last, np.arange(at, at + len(ids) - 1))
+                    ends[number] = r * width + at + len(ids) - 1
+                at, segment = at + len(ids), segment + 1
+    answers = [example.responses[k] for k in range(num_responses) for example in examples]
+    columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
+    columns |= dict(zip(COMPUTED_COLUMNS, zip(*(map(len, example.responses) for example in examples))))
+    tensors = (input_ids, positions, *((segments, prompts) if layout.shared else (None, None)),
+               np.concatenate(states), np.concatenate(answers).astype(np.int64),
+               np.array([len(ids) for ids in answers]), np.array(ends))
+    return Batch(list(examples), *(x if x is None else torch.from_numpy(x) for x in tensors),
+                 {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()})
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """Makes this rank's Batches, on its device.
+
+    layouts: those that a microbatch may have. max_tokens: of one, padding counted. eval_batch_size: examples
+    of one in evaluation. dtype: of columns. stop: may end an evaluation between its batches.
+    """
+
+    layouts: tuple[Layout, ...]
+    max_tokens: int
+    eval_batch_size: int
+    dtype: torch.dtype
+    stop: StopRequest
+
+    def collate(self, examples, layout, is_idle=False):
+        return replace(collate(examples, self.dtype, layout).to(device()), is_idle=is_idle)
+
+    def train_share(self, examples: list[Example], num_parts: int) -> list[Batch]:
+        """Of a step's examples nearly as many tokens as other ranks have, and just as many Batches."""
+        parts = [microbatches(share, num_parts, self.max_tokens, self.layouts)
+                 for share in split_over_ranks(examples, num_ranks())]
+        num_idle = max(map(len, parts)) - len(parts[rank()])
+        return [*(self.collate(*part) for part in parts[rank()]),
+                *(self.collate(examples[-1:], SEPARATE, is_idle=True) for _ in range(num_idle))]
+
+    def eval_parts(self, examples):
+        """The microbatches in which examples are evaluated, the same on any number of ranks."""
+        num_parts = math.ceil(len(examples) / self.eval_batch_size)
+        return microbatches(examples, num_parts, self.max_tokens, self.layouts)
+
+    def eval_share(self, examples, title: str) -> Iterator[Batch]:
+        """This rank's of these, one after another, with a progress bar; raises Stopped between them."""
+        parts = self.eval_parts(examples)
+        idle = [(*parts[-1], True)] * (-len(parts) % num_ranks())
+        for part in progress([*parts, *idle][rank()::num_ranks()], title, unit="batch"):
+            self.stop.check()
+            yield self.collate(*part)
+
+    def values(self, function: Callable[[Batch], torch.Tensor], examples, title) -> list[list[float]]:
+        """What function(batch), (K, B), gives for each of the examples: K floats each, on every rank."""
+        places, rows = {id(example): place for place, example in enumerate(examples)}, {}
+        for batch in self.eval_share(examples, title):
+            values = function(batch).T.tolist()
+            if not batch.is_idle:
+                rows |= {places[id(example)]: row for example, row in zip(batch.examples, values)}
+        rows = {place: row for part in from_all(rows) for place, row in part.items()}
+        return [rows[place] for place in range(len(examples))]

@@ -1,0 +1,123 @@
+"""What is computed once, and kept? The reference's log-probabilities, and rewards of pairs without any."""
+
+import functools
+import hashlib
+import os
+import secrets
+import tempfile
+import time
+from dataclasses import replace
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from engine import InputError
+from engine.batches import REWARDS, Batcher, Example
+from engine.checkpoints import RunFolder, sync
+from engine.distributed import device, from_first, num_ranks, raise_on_all_ranks, rank
+from engine.forward import response_logps
+from engine.report import progress
+
+REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns of examples, once filled in
+
+
+class ReferenceCache:
+    """The reference's log-probabilities, in files under a key of all that decides them, to the last bit."""
+
+    def __init__(self, reference, fingerprint, config, bf16):
+        named = config.reference_cache
+        self.folder = os.path.join("runs", "reference_cache") if named is True else named
+        self.logps = functools.partial(response_logps, reference, bf16=bf16)
+        unread = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+        settings = {k: v for k, v in reference.config.to_dict().items() if k not in unread}
+        arithmetic = [config.dtype, config.compute_dtype, config.compile, torch.__version__,
+                      reference.config._attn_implementation, device().type]
+        if num_ranks() > 1 and config.compute_dtype != config.dtype:
+            arithmetic.append("fsdp")  # which has no autocast
+        self.reference, self.arithmetic = [fingerprint, sorted(settings.items())], arithmetic
+        self.started, self.num_found, self.num_computed = time.monotonic(), 0, 0
+        self.make_folder()
+
+    @raise_on_all_ranks
+    def make_folder(self):
+        try:
+            if rank() == 0:
+                os.makedirs(self.folder, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+        except OSError as error:
+            raise InputError(f"reference_cache={self.folder} cannot be written, {error.strerror}: "
+                             "name another folder, or set it to false") from error
+
+    def fill_in(self, examples: list[Example], batcher: Batcher):
+        """Puts log-probabilities into the examples' columns, in the batcher's microbatches of evaluation."""
+        if not examples:
+            return
+        shapes = [(len(part), layout.shared) for part, layout in batcher.eval_parts(examples)]
+        digest = hashlib.sha256(repr([*self.reference, shapes, self.arithmetic]).encode())
+        for example in examples:
+            for ids in (example.prompt, *example.responses):
+                digest.update(len(ids).to_bytes(4) + ids.tobytes())
+        path = os.path.join(self.folder, digest.hexdigest() + ".safetensors")
+        shape = (len(examples), len(examples[0].responses))
+        logps = from_first(read_checked(path, shape) if rank() == 0 else None)
+        if logps is None:
+            self.num_computed += len(examples)
+            logps = torch.tensor(batcher.values(self.logps, examples, "reference"), dtype=torch.float64)
+            if rank() == 0:
+                write_checked(path, logps)
+        else:
+            self.num_found += len(examples)
+        for example, row in zip(examples, logps.tolist()):
+            example.columns |= dict(zip(REFERENCE, row))
+
+    def report(self):
+        tqdm.write(f"reference  log-probabilities of {self.num_found:,} rows read from {self.folder}, of "
+                   f"{self.num_computed:,} computed, {time.monotonic() - self.started:.1f} s")
+
+
+def write_checked(path, values):
+    """Saves a tensor with its hash, whole or not at all; of two writers of one path the later stays."""
+    partial = f"{path}.{secrets.token_hex(8)}.partial"
+    save_file({"values": values}, partial, {"sha256": hashlib.sha256(values.numpy().tobytes()).hexdigest()})
+    sync(partial)
+    os.replace(partial, path)
+
+
+def read_checked(path, shape):
+    """What write_checked saved; None where there is no such file, or a damaged one, which is noted."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            values, digest = file.get_tensor("values"), file.metadata()["sha256"]
+        if values.shape == shape and hashlib.sha256(values.numpy().tobytes()).hexdigest() == digest:
+            return values
+    except Exception:  # safetensors has errors of its own for each kind of damage
+        pass
+    tqdm.write(f"{path} is damaged and computed again")
+    return None
+
+
+@torch.no_grad()
+def score_or_read(examples: list[Example], folder: RunFolder, fingerprint: str, score):
+    """Puts a reward model's scores into the columns of pairs that lack rewards: read, where they were kept.
+
+    score(examples) -> [[of chosen, of rejected]]. rewards.jsonl keeps them, under a key of judge and ids.
+    """
+    kept = folder.rewind("rewards.jsonl", lambda line: {"key", *REWARDS} <= line.keys())
+    known = {line["key"]: line for line in kept}
+    for start in progress(range(0, len(examples), 1000), "rewards, 1,000 pairs at a time"):
+        part = [replace(example, columns={}) for example in examples[start:start + 1000]]
+        keys = [hashlib.sha256(b"|".join([fingerprint.encode(), *(ids.tobytes() for ids in (
+            example.prompt, *example.responses))])).hexdigest() for example in part]
+        if not known.keys() >= set(keys):
+            scored = [{"key": key, "where": example.where, **dict(zip(REWARDS, scores))}
+                      for key, example, scores in zip(keys, part, score(part))]
+            folder.write("rewards.jsonl", scored)
+            known = {line["key"]: line for line in scored} | known
+        for key, example in zip(keys, examples[start:start + 1000]):
+            example.columns |= {name: known[key][name] for name in REWARDS}
+    tqdm.write(f"{len(examples):,} pairs without rewards have those of reward_model, in rewards.jsonl")

@@ -1,0 +1,276 @@
+"""What can be set, and what is allowed? config.yaml is the only schema; without torch, to refuse at once."""
+
+import difflib
+import functools
+import math
+import os
+import re
+import types
+
+import yaml
+
+from engine import InputError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCHEMA = os.path.join(ROOT, "config.yaml")
+PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
+FIELD = re.compile(r"\{([^{}]+)\}")  # in an attribute_template
+MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
+    "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
+    "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
+    r"activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|dry_run|world_size")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"the key {key} stands twice in one mapping: keep one of the two")
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what Loader reads: quotes a text that looks like 1e-5, and repeats rather than refers."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+for yaml_class in (Loader, Dumper):
+    yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+# ---------------------------------------------------------------- from text to values
+
+
+def read_arguments(arguments: list[str]) -> dict:
+    """{dotted key: value} of a command line's `key=value` and `--config file`, the later over the earlier.
+
+    Raises InputError for an unknown key or a value of the wrong type or out of range.
+    """
+    _, rules = read_schema()
+    given, arguments = {}, list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config" and arguments:
+            given |= flatten(read_yaml(arguments.pop(0)), rules)
+            continue
+        key, equals, text = argument.partition("=")
+        if not equals or key.startswith("-"):
+            raise InputError(f"{argument!r} is not understood: settings are given as key=value, a file of "
+                             "them as --config mine.yaml, and --help lists them")
+        parent, _, name = key.partition(".")
+        if name and rules.get(parent) == "mapping":
+            given[parent] = given.get(parent, {}) | {name: parse(text, "")}
+        else:
+            given |= flatten({key: parse(text, rules.get(key, ""))}, rules)
+    return given
+
+
+@functools.cache
+def read_schema():
+    """Defaults and rules of config.yaml, by dotted key; a rule is a comment up to its first period."""
+    rules, block = {}, ""
+    with open(SCHEMA, encoding="utf-8") as file:
+        for line in file:
+            if match := re.match(r"( *)(\w+):(.*?)(?:# (.*?)\.(?:\s|$)|$)", line):
+                indent, key, value, rule = match.groups()
+                block = block if indent else "" if value.strip() else key + "."
+                if value.strip():
+                    rules[block + key] = rule or type(yaml.load(value, Loader)).__name__
+    return flatten(read_yaml(SCHEMA), rules), rules
+
+
+def read_yaml(path, provenance=False):
+    """The mapping in a file; the provenance that a run's own config.yaml adds only where it is asked for."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = load_yaml(file, f"config file {path}") or {}
+    except OSError as error:
+        raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"config file {path} holds {type(settings).__name__}, not keys with values")
+    return settings if provenance else {key: value for key, value in settings.items() if key != "provenance"}
+
+
+def load_yaml(text, what):
+    try:
+        return yaml.load(text, Loader)
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def parse(text, rule):
+    """A command line's value: YAML, but text as it stands where text is allowed."""
+    words = rule.split()
+    literal = text == "null" or "bool" in words and isinstance(load_yaml(text, repr(text)), bool)
+    if "str" in words and not literal and not ("list" in words and text.startswith("[")):
+        return text
+    return load_yaml(text, repr(text))
+
+
+def flatten(settings, rules, prefix=""):
+    """{dotted key: value} of nested settings. Raises InputError for an unknown key or a refused value."""
+    flat = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if key in rules:
+            if not any(fits(value, rule) for rule in rules[key].split(" or ")):
+                raise InputError(f"{key}={value!r} is not allowed: it must be {rules[key]}")
+            flat[key] = value
+        elif isinstance(value, dict | None) and any(known.startswith(key + ".") for known in rules):
+            flat |= flatten(value or {}, rules, key + ".")
+        else:
+            near = difflib.get_close_matches(key, rules, 1, cutoff=0)
+            raise InputError(f"{key} is no key of config.yaml; the nearest is {near[0]}")
+    return flat
+
+
+def fits(value, rule):
+    """Whether value obeys one rule: `int >= 1`, `float in [0, 0.5)`, `str`, `null`, `linear | cosine`, ..."""
+    if " | " in rule:
+        return any(value is choice or value == choice and isinstance(value, str)
+                   for choice in (yaml.load(word, Loader) for word in rule.split(" | ")))
+    kind, _, bound = rule.partition(" ")
+    if kind == "float" and type(value) is int:
+        value = float(value) if abs(value) < 1e300 else math.inf
+    kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "mapping": dict,
+             "null": type(None)}
+    if type(value) is not kinds[kind]:
+        return False
+    if kind == "list":
+        return len(value) > 0 and all(fits(item, bound.removeprefix("of ")) for item in value)
+    if kind == "float" and not math.isfinite(value):
+        return False
+    if interval := re.fullmatch(r"in ([\[(])(.+), (.+)([\])])", bound):
+        opening, low, high, closing = interval.groups()
+        return (value >= float(low) if opening == "[" else value > float(low)) and (
+            value <= float(high) if closing == "]" else value < float(high))
+    sign, _, limit = bound.partition(" ")
+    return not bound or (value >= float(limit) if sign == ">=" else value > float(limit))
+
+
+def as_namespace(flat, datasets):
+    """Flat settings over the defaults as the config: blocks as dicts, local paths absolute, free of links.
+
+    datasets: names that are no paths.
+    """
+    def resolve(path):
+        is_name = path in (None, "tiny", *datasets) or not os.path.exists(path)
+        return path if is_name else os.path.realpath(path)
+
+    config = types.SimpleNamespace()
+    defaults, _ = read_schema()
+    for key, value in (defaults | flat).items():
+        block, _, name = key.rpartition(".")
+        if block:
+            vars(config).setdefault(block, {})[name] = value
+        else:
+            setattr(config, key, value)
+    config.exp_name = config.exp_name or config.loss
+    config.run_dir = os.path.realpath(config.run_dir or os.path.join("runs", config.exp_name))
+    for key in (*PATHS, "data", "eval_data"):
+        value = getattr(config, key)
+        setattr(config, key, [resolve(item) for item in value] if isinstance(value, list) else resolve(value))
+    return config
+
+
+def as_list(value):
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------- what no single key's rule says
+
+
+def check_config(config, objectives):
+    """Raises InputError for settings that do not go together; objectives: the table of losses."""
+    if config.loss not in objectives:
+        near = difflib.get_close_matches(config.loss, objectives, 1, cutoff=0)[0]
+        raise InputError(f"loss={config.loss} is not one of {', '.join(objectives)}; the nearest is {near}")
+    if config.truncation != "drop" and config.max_prompt_length >= config.max_length:
+        raise InputError(f"max_length={config.max_length} leaves no room for a response after "
+                         f"max_prompt_length={config.max_prompt_length}: raise the one or lower the other")
+    if (config.compute_dtype, config.dtype) not in {(config.dtype,) * 2, ("bfloat16", "float32")}:
+        raise InputError(f"compute_dtype={config.compute_dtype} does not go with dtype={config.dtype}: "
+                         "make them equal, or compute in bfloat16 on float32 weights")
+    for key in ("eval_every", "save_every"):
+        every = getattr(config, key)
+        if every > 1 and every % 1:
+            raise InputError(f"{key}={every} is not allowed: whole steps, or below 1 a fraction of an epoch")
+    block = getattr(config, config.loss, {})
+    for name, value in block.items():
+        if isinstance(value, list) and len(value) != block.get("iterations", 1):
+            raise InputError(f"{config.loss}.{name}={value} is a list of {len(value)} where {config.loss}."
+                             f"iterations={block.get('iterations', 1)}: give one number, or one for each")
+    check_models(config, objectives[config.loss])
+    check_template(config)
+    check_folders(config)
+
+
+def check_models(config, objective):
+    """Raises InputError where the models that are named are not those that the loss reads."""
+    if objective.self_play and config.reference:
+        raise InputError(f"reference={config.reference} does not go with loss={config.loss}, whose reference "
+                         "is the policy at the start of each iteration: leave it out")
+    if objective.needs_teacher and not config.reference:
+        raise InputError(f"loss={config.loss} needs a teacher: name one of the same tokenizer by reference=")
+    unread = [] if objective.needs_reference else ["reference"]
+    unread += ["reward_model", "sample_attributes"] if objective.inputs == "scores" else []
+    for key in unread:
+        if value := getattr(config, key):
+            raise InputError(f"{key}={value} is not read with loss={config.loss}: leave it out")
+    if config.reward_model == "tiny":
+        raise InputError("reward_model=tiny would judge at random: train one by loss=rm, and name its LATEST")
+
+
+def check_template(config):
+    """Raises InputError if attribute_template is malformed or does not read sample_attributes."""
+    template, given = config.attribute_template, config.sample_attributes
+    fields = set(FIELD.findall(template or ""))
+    if template is not None and ("prompt" not in fields or len(fields) == 1
+                                 or set("{}") & set(FIELD.sub("", template))):
+        raise InputError(f"attribute_template={template!r} must hold {{prompt}}, and {{attributes}} or an "
+                         "attribute's name in braces, and no other braces")
+    if {"prompt", "attributes"} & given.keys() or not all({name, "attributes"} & fields for name in given):
+        raise InputError(f"sample_attributes={given} are not read by attribute_template={template!r}: name "
+                         "them in it")
+
+
+def check_folders(config):
+    """Raises InputError for a path that cannot be what its key says, before it costs any time."""
+    for key in PATHS:
+        path = getattr(config, key) or ""
+        if not os.path.exists(path) and (path.startswith((".", "~", "/")) or path.count("/") > 1
+                                         or "/" in path and os.path.isdir(path.split("/")[0])):
+            raise InputError(f"{key}={path}: there is no such folder; give one, or a hub id org/name")
+        if os.path.isdir(path) and key != "tokenizer" and "config.json" not in os.listdir(path):
+            is_run = os.path.exists(os.path.join(path, "LATEST"))
+            raise InputError(f"{key}={path} is no model's folder, it has no config.json: "
+                             + (f"{key}={path}/LATEST is one" if is_run else "give a folder that has"))
+    cache = config.reference_cache
+    if isinstance(cache, str) and os.path.lexists(cache) and not os.path.isdir(cache):
+        raise InputError(f"reference_cache={cache} is no folder: name one, or set it to true or false")
+    parent = config.run_dir
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or config.run_dir == ROOT:
+        raise InputError(f"run_dir={config.run_dir} cannot be a run's folder, {parent} is in its place: "
+                         "choose another run_dir or exp_name")
+
+
+def check_changes(before, after, given, self_play):
+    """Raises InputError if the settings given to a resumed run change what must stay."""
+    free = ("num_epochs", "max_steps") if before.lr_schedule == "constant" else ()
+    free = free[1:] if self_play else free  # earlier iterations are over
+    for key in given:
+        block, _, name = key.rpartition(".")
+        old, new = (vars(config)[block][name] if block else vars(config)[key] for config in (before, after))
+        if old != new and not MAY_CHANGE.fullmatch(key) and key not in free:
+            raise InputError(f"{key} was {old} when this run began and cannot become {new}: leave it out, or "
+                             "start a new run with another exp_name")

@@ -1,0 +1,273 @@
+"""How are model, tokenizer, optimizer and learning rate made, and what is refused?"""
+
+import contextlib
+import ctypes
+import hashlib
+import inspect
+import json
+import math
+import os
+import sys
+
+import torch
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedModel,
+                          PreTrainedTokenizerBase)
+
+from engine import InputError, first_line
+from engine.distributed import (device, device_mesh, from_first, full_tensor, num_ranks, raise_on_all_ranks,
+                                rank)
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(path, texts, config) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, a hub id or folder, or for `tiny` one trained on the texts.
+
+    Raises InputError where there is none, or none with the special tokens that the run needs.
+    """
+    with refusing(f"the tokenizer of {path}"):
+        tokenizer = train_tokenizer(texts) if path == "tiny" else AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path} has no end-of-sequence token, which closes every "
+                         "response: name one in its tokenizer_config.json, or choose another by tokenizer=")
+    if config.add_bos and tokenizer.bos_token_id is None:
+        raise InputError(f"add_bos=true, but the tokenizer of {path} has no begin-of-sequence token")
+    return tokenizer
+
+
+def train_tokenizer(texts, vocab_size=1024):
+    """A byte-level BPE of the texts, for the `tiny` model; equal texts give an equal tokenizer.
+
+    What is no text, as a list of messages, is taken as JSON.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = (text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for text in texts)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+def load_end_ids(path, model_config, tokenizer) -> list[int]:
+    """Ids that end a response: the tokenizer's end token, then those of the model's generation config."""
+    generation_config = GenerationConfig.from_model_config(model_config)
+    if path != "tiny":
+        with contextlib.suppress(OSError):  # it has none of its own
+            generation_config = GenerationConfig.from_pretrained(path)
+    more = generation_config.eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return [tokenizer.eos_token_id, *(i for i in more if isinstance(i, int) and i != tokenizer.eos_token_id)]
+
+
+def check_same_tokenizer(key, path, tokenizer, config):
+    """Token ids mean nothing to a model with another vocabulary: refuses the one that `key` names."""
+    if os.path.isdir(path) and not any(name.startswith("tokenizer") for name in os.listdir(path)):
+        return  # weights without a tokenizer are taken at their word
+    with refusing(f"the tokenizer of {key}={path}"):
+        other = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{key}={path} has another tokenizer than the model: choose one with the same, or "
+                         "start the model from scratch with tokenizer= that of the other")
+
+
+# ---------------------------------------------------------------- models
+
+
+def load_model_config(path, config, tokenizer) -> tuple[PretrainedConfig, dict[str, float]]:
+    """The model's own configuration with every dropout at 0, and what those were. Reads no weights."""
+    if path == "tiny":
+        model_config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
+                                   num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
+                                   bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                                   pad_token_id=tokenizer.pad_token_id)
+    else:
+        with refusing(f"the model {path}"):
+            model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    dropouts = {}
+    for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float | int) and value > 0:
+                dropouts[name] = value
+                setattr(part, name, type(value)(0))
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise InputError(f"max_length={config.max_length} is beyond the {positions} positions of {path}: "
+                         "lower max_length, or choose another model")
+    return model_config, dropouts
+
+
+@raise_on_all_ranks
+def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> PreTrainedModel:
+    """The causal language model at `path`, on this run's device. Raises InputError if it is not whole.
+
+    Of several ranks the first reads it, into the host's memory, and the others get it on the meta device.
+    blank: a context, as a device or a mode, in which to make the model from its configuration alone.
+    head: None; or `scores` for a reward model, with a scalar head in the language model's place; or
+    `new scores`, which gives a model without such a head one.
+    """
+    auto_class = AutoModelForSequenceClassification if head else AutoModelForCausalLM
+    blank = blank or (torch.device("meta") if rank() > 0 else None)
+    if head:
+        model_config.num_labels = 1
+        pad = tokenizer.pad_token_id  # None is right for one text at a time, and refused by batches of them
+        model_config.pad_token_id = None if pad == tokenizer.eos_token_id else pad
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention,
+               "trust_remote_code": config.trust_remote_code}
+    with refusing(f"the model {path}"):
+        if blank or path == "tiny":
+            with blank or contextlib.nullcontext():
+                model = auto_class.from_config(model_config, **options)
+        else:
+            model, info = auto_class.from_pretrained(path, config=model_config, output_loading_info=True,
+                                                     **options)
+            check_loaded(info, head)
+    if head and not hasattr(model, "score"):
+        raise InputError(f"{path}, {model_config.model_type}, has no scalar head: choose another model")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
+                         "choose the tokenizer that belongs to the model")
+    if num_ranks() == 1 and not blank:
+        model = model.to(device())
+    if not blank and (num_ranks() == 1 or "flash" not in (config.attention or "")):  # not on a CPU
+        check_causal(model, path)
+    if config.activation_checkpointing:
+        with refusing(f"the model {path} with activation_checkpointing"):
+            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    return model
+
+
+def check_loaded(info, head):
+    """Raises ValueError if what from_pretrained says of the weights is not what the head needs."""
+    if not head and any(name.startswith("score.") for name in info["unexpected_keys"]):
+        raise ValueError("it is a reward model, without a language model's head")
+    absent = {*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])}
+    if head == "scores" and "score.weight" in absent:
+        raise ValueError("it is no reward model, it has no scalar head: train one by loss=rm")
+    if absent := sorted(absent - ({"score.weight"} if head == "new scores" else set())):
+        raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]}")
+
+
+@torch.no_grad()
+def check_causal(model, path):
+    """Refuses a model whose predictions depend on later tokens: its log-probabilities mean nothing here."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]], device=model.device)
+    ids %= model.config.vocab_size
+    first, second = model.eval().base_model(input_ids=ids, use_cache=False)[0][:, :4].float()
+    if not torch.allclose(first, second, atol=1e-2):
+        raise InputError(f"{path} is no causal language model, its predictions depend on later tokens: take "
+                         "one that is")
+
+
+def load_beside(key, path, config, tokenizer, head=None) -> PreTrainedModel:
+    """A model beside the policy, a reference or judge, with the same tokenizer. `key` names it."""
+    if path != "tiny":
+        check_same_tokenizer(key, path, tokenizer, config)
+    model_config, _ = load_model_config(path, config, tokenizer)
+    return load_model(path, model_config, config, tokenizer, head)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over the model's weights: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = full_tensor(tensor)
+        if rank() == 0:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return from_first(digest.hexdigest())
+
+
+@contextlib.contextmanager
+def refusing(what):
+    """Turns what transformers raises while it loads from a folder or the hub into one sentence."""
+    try:
+        yield
+    except Exception as error:  # of any kind: a config.json can be wrong in many ways
+        raise InputError(f"{what} cannot be loaded: {first_line(error)}") from error
+
+
+def keep_freed_memory():
+    """Tells glibc to keep what a step frees for the next: to give it back to the system and get it again
+    takes a tenth of a step's time on a CPU. Blocks above 32 MB do go back, or the heap would have gaps."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+def optimizer_names():
+    """The torch.optim classes whose step needs neither a closure nor sparse gradients."""
+    base = torch.optim.Optimizer
+    return sorted(name for name, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, base)
+                  and c not in (base, torch.optim.LBFGS, torch.optim.SparseAdam))
+
+
+def make_optimizer(parameters, config) -> torch.optim.Optimizer:
+    """The torch.optim class that the config names. Raises InputError for an unknown name or argument."""
+    if config.optimizer not in optimizer_names():
+        raise InputError(f"optimizer={config.optimizer} is not one of {', '.join(optimizer_names())}")
+    optimizer_class = getattr(torch.optim, config.optimizer)
+    known = {parameter.name: parameter.default
+             for parameter in inspect.signature(optimizer_class).parameters.values()
+             if parameter.name not in ("params", "lr")}
+    for name, value in config.optimizer_args.items():
+        if name not in known:
+            raise InputError(f"optimizer_args.{name} is no argument of {config.optimizer}, which has "
+                             f"{', '.join(known)}")
+        if isinstance(known[name], bool) and not isinstance(value, bool):
+            raise InputError(f"optimizer_args.{name}={value!r} is not allowed: it must be true or false")
+    options = config.optimizer_args
+    has_fused = "fused" in known and (num_ranks() == 1 or "Adam" in config.optimizer)  # of shards no others
+    if has_fused and not {"fused", "foreach", "differentiable"} & options.keys():
+        options = options | {"fused": True}
+    try:
+        return optimizer_class(parameters, lr=config.lr, **options)
+    except Exception as error:
+        raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused: {error}") from error
+
+
+@raise_on_all_ranks
+def check_optimizer(config):
+    """Takes one step on a small matrix, for many wrong arguments show only there. Raises InputError.
+
+    On several ranks the matrix is sharded, which not every optimizer can.
+    """
+    matrix = torch.ones(2, 2)
+    if num_ranks() > 1:
+        matrix = distribute_tensor(matrix.to(device()), device_mesh(config.fsdp["replicas"])["shards"],
+                                   [Shard(0)])
+    weight = torch.nn.Parameter(matrix)
+    weight.grad = torch.ones_like(matrix)
+    optimizer = make_optimizer([weight], config)
+    try:
+        optimizer.step()
+    except Exception as error:
+        where = " on sharded weights" if num_ranks() > 1 else ""
+        raise InputError(f"{config.optimizer} with {config.optimizer_args} is refused{where}: "
+                         f"{first_line(error)}") from error
+
+
+def learning_rate(step, num_steps, lr, config) -> float:
+    """The rate of the step that follows `step` finished ones: linear warmup to lr, then the schedule."""
+    warmup = config.warmup_steps
+    rate = lr * min(1, (step + 1) / (warmup + 1))
+    if config.lr_schedule == "constant" or step <= warmup:
+        return rate
+    left = (num_steps - step) / (num_steps - warmup)
+    return rate * (left if config.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+
+
+def as_steps(interval, num_rows, batch_size) -> int:
+    """An interval in optimizer steps, from steps or (below 1) a fraction of an epoch; 0 stays 0: never."""
+    is_fraction = 0 < interval < 1
+    return max(1, round(interval * num_rows / batch_size)) if is_fraction else int(interval)

@@ -1,0 +1,137 @@
+"""What is printed? What became of the rows, the summary, progress, samples, failures, the closing table."""
+
+import json
+import os
+import shlex
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from engine.distributed import from_all, num_ranks, rank
+
+
+@dataclass
+class Report:
+    """What became of a split's rows: how many were used, cut, and dropped, by reason and with places."""
+
+    rows: int = 0
+    used: int = 0
+    cut: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> places ("train.jsonl line 87")
+    unused_attributes: int = 0  # rows with attributes that no template puts into their prompts
+    fingerprint: str = ""  # sha256 of the rows that could be read, in order
+
+    def drop(self, reason, where):
+        self.dropped.setdefault(str(reason), []).append(where)
+
+    def lines(self):
+        """The report as lines of text, for the summary."""
+        num_dropped = sum(map(len, self.dropped.values()))
+        unread = self.rows - self.used - num_dropped
+        yield (f"{self.used:,} of {self.rows:,} rows used, {num_dropped:,} dropped, {self.cut:,} cut to fit"
+               + (f", {unread:,} beyond what was asked for" if unread else ""))
+        for reason, places in self.dropped.items():
+            more = f" and {len(places) - 5:,} more" if len(places) > 5 else ""
+            yield f"  dropped {len(places):,}: {reason} ({', '.join(places[:5])}{more})"
+        if self.unused_attributes:
+            yield f"  {self.unused_attributes:,} have attributes, unused: attribute_template is null"
+
+
+def print_summary(config, objective, run_data, policy, num_steps, resumed_at=None):
+    """What a run is about to do, before its first step; resumed_at: the step that it goes on after."""
+    num_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    num_tokens = sum(example.num_tokens for example in run_data.train_examples)
+    going_on = "" if resumed_at is None else f", going on after step {resumed_at}"
+    lines = [("run", config.run_dir + going_on),
+             ("model", f"{config.model}, {policy.config.model_type}, {num_parameters:,} parameters in "
+                       f"{config.dtype} on {policy.device}")]
+    if num_ranks() > 1:
+        replicas = config.fsdp["replicas"]
+        lines.append(("devices", f"{num_ranks()}, with {replicas} x {num_ranks() // replicas} shards"))
+    lines += [("", f"  {name} was {value}, set to 0") for name, value in run_data.dropouts.items()]
+    if objective.needs_reference:
+        own = "the policy at each iteration's start" if objective.self_play else (
+            "the model's starting weights")
+        lines.append(("reference", config.reference or own))
+    if config.reward_model:
+        lines.append(("rewards", config.reward_model))
+    block = getattr(config, config.loss, {})
+    settings = (name + "=" + json.dumps(value).strip('"') for name, value in block.items())
+    lines.append(("loss", " ".join([config.loss, *settings])))
+    for name, report in run_data.reports.items():
+        first, *rest = report.lines() if report.rows else ["none, so no evaluation; eval_data= names one"]
+        lines += [(name, first), *(("", line) for line in rest)]
+    at_most = "at most " if objective.self_play else ""
+    lines.append(("steps", f"{at_most}{num_steps:,} of {config.batch_size} examples; {num_tokens:,} tokens "
+                           "in the data"))
+    tokenizer = run_data.tokenizer
+    if not config.add_bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's "
+                              "prompts do not; if the model was trained so, set add_bos=true"))
+    print_lines(lines)
+
+
+def print_lines(lines):
+    for name, text in lines:
+        print(f"{name:<10} {text}")
+
+
+def progress(what, title, leave=False, **options):
+    """tqdm's bar, on the first rank, and only where somebody looks."""
+    return tqdm(what, desc=title or None, leave=leave, disable=True if rank() > 0 else None, **options)
+
+
+def advance(bar, metrics):
+    """Moves the bar of training on by a step, with what that step's metrics are."""
+    shown = [name for name in ("loss", "rewards/accuracies") if name in metrics]
+    bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
+    bar.update()
+
+
+def print_evaluation(step, metrics):
+    shown = (f"eval/{name} {value:.4g}" for name, value in metrics.items() if value is not None)
+    tqdm.write(f"\nstep {step}: {', '.join(shown)}")
+
+
+def print_samples(step, records):
+    """Each record's fields on a line of their own, long ones cut."""
+    for number, record in enumerate(records, 1):
+        tqdm.write(f"\nsample {number} of {len(records)} at step {step}")
+        for name, value in record.items():
+            text = " ".join(str(value).split())
+            text = "".join(character if character.isprintable() else "\ufffd" for character in text)
+            if len(text) > 300:  # of a prompt the end says more
+                text = f"... {text[-300:]}" if name == "prompt" else f"{text[:300]} ..."
+            tqdm.write(f"{name:<22}{text}")
+
+
+def describe_failure(step, metrics, examples, microbatches, all_losses, saved_step):
+    """The sentence on a step whose loss or gradient is not finite, with the examples that did it."""
+    bad = [example.where for batch, losses in zip(microbatches, all_losses) if not batch.is_idle
+           for example, is_fine in zip(batch.examples, losses.isfinite().tolist()) if not is_fine]
+    bad = sum(from_all(bad), [])
+    what = "the examples whose loss is not finite" if bad else "each example's loss is finite; the batch"
+    places = ", ".join(bad or [example.where for example in examples])
+    saved = "nothing is saved yet" if saved_step is None else f"step {saved_step} is saved"
+    return (f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; {what}: {places}. "
+            f"The weights were not touched, {saved}. A lower lr may help.")
+
+
+def print_results(records, run_dir, saved_step, objective):
+    """First and last evaluation (or training step) side by side, the checkpoint, and how to go on from it."""
+    for split, title in (("eval", "evaluation"), ("train", "training")):
+        lines = [line for line in records if line["split"] == split]
+        if lines:
+            shown = lines if len(lines) == 1 else [lines[0], lines[-1]]
+            print(f"\n{title:<30}" + "".join(f"{'step ' + str(line['step']):>14}" for line in shown))
+            for name in [name for name in shown[-1] if name not in ("step", "examples", "split", "time")]:
+                values = (line.get(name) for line in shown)
+                cells = ("-" if value is None else f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+                         for value in values)
+                print(f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells))
+            break
+    if saved_step:
+        latest = os.path.join(os.path.relpath(run_dir), "LATEST")
+        key = "reward_model" if objective.inputs == "scores" else "model"
+        print(f"\ncheckpoint  {latest} -> step-{saved_step:06d}\n"
+              f"next        python train.py {key}={shlex.quote(latest)} loss=...")

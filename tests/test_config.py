@@ -1,0 +1,131 @@
+"""What can be set: config.yaml is the schema, which command line and files obey before torch is imported."""
+
+import glob
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, config_of
+
+from engine.config import Dumper, Loader, fits, read_schema
+from losses import OBJECTIVES
+
+
+def write(path, text):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read(*names):
+    text = ""
+    for name in names:
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+            text += file.read()
+    return text
+
+
+def test_command_line_values():
+    config = config_of("loss=dpo", "lr=1e-5", "data=[a.jsonl,b.jsonl]", "dpo.beta=0.3", "resume=auto",
+                       "optimizer_args.alpha=0.9", "optimizer_args.eps=1e-6", "reference=null",
+                       "max_grad_norm=null", "exp_name=2024", "lr=1e-4")
+    assert (config.lr, config.data, config.dpo["beta"]) == (1e-4, ["a.jsonl", "b.jsonl"], 0.3)
+    assert config.optimizer_args == {"alpha": 0.9, "eps": 1e-6}
+    assert config.reference is None and config.max_grad_norm is None and config.resume == "auto"
+    assert config.exp_name == "2024" and config.run_dir == os.path.abspath("runs/2024")
+    assert config_of("loss=ipo").exp_name == "ipo"
+    caches = [config_of(f"reference_cache={value}").reference_cache for value in ("true", "false", "kept")]
+    assert caches == [True, False, "kept"]
+
+
+def test_a_file_of_settings_and_the_command_line_over_it():
+    write("mine.yaml", "loss: ipo\nlr: 5e-7\nipo:\n  beta: 0.4\nprovenance: {run_id: x}\n")
+    config = config_of("--config", "mine.yaml", "lr=1e-6")
+    assert (config.loss, config.lr, config.ipo["beta"], config.ipo["average_logps"]) == (
+        "ipo", 1e-6, 0.4, False)
+    assert config_of("lr=1e-6", "--config", "mine.yaml").lr == 5e-7  # the later over the earlier
+
+
+def test_local_paths_become_absolute_and_names_stay():
+    os.makedirs("toy")
+    os.makedirs("base/step-000003")
+    write("base/step-000003/config.json", "{}")
+    os.symlink("step-000003", "base/LATEST")
+    write("a.jsonl", "")
+    config = config_of("loss=dpo", "data=[toy,a.jsonl,org/name]", "model=base/LATEST",
+                       "reference=base/LATEST")
+    assert config.data == ["toy", os.path.abspath("a.jsonl"), "org/name"]
+    assert config.model == config.reference == os.path.abspath("base/step-000003")
+    assert config_of().model == "tiny" and config_of().data == "toy"
+
+
+def test_what_a_run_writes_is_what_it_reads():
+    names = ["toy", "2"]
+    settings = {"lr": 1e-5, "exp_name": "1e-5", "reference": None, "run_dir": "null", "model": "é",
+                "data": names, "eval_data": names, "spin": {"lr": [1e-5, 5e-7], "mix_previous": True}}
+    text = yaml.dump(settings, Dumper=Dumper, allow_unicode=True)
+    assert yaml.load(text, Loader) == settings and "&" not in text and "é" in text
+
+
+def test_every_key_has_a_rule_that_its_default_obeys():
+    defaults, rules = read_schema()
+    assert set(defaults) == set(rules)
+    for key, rule in rules.items():
+        assert f"# {rule}." in read("config.yaml"), key
+        assert any(fits(defaults[key], alternative) for alternative in rule.split(" or ")), key
+
+
+def test_every_key_is_read():
+    rooms = sorted(glob.glob("engine/*.py", root_dir=ROOT))
+    code = read("train.py", "trainers.py", "data.py", "losses.py", *rooms)
+    defaults, _ = read_schema()
+    for key in defaults:
+        block, _, name = key.rpartition(".")
+        if not block:
+            assert re.search(rf"config\.{key}\b", code), key
+        elif block == "fsdp" or name not in OBJECTIVES[block].loss.__code__.co_varnames:  # by its name
+            assert f'"{name}"' in code, key
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--help"], read("config.yaml")),
+    (["loss=dpo", "-h"], read("config.yaml")),
+    (["btach_size=1"], "error: btach_size is no key of config.yaml; the nearest is batch_size\n"),
+    (["lr=0", "batch_size=0"], "error: batch_size=0 is not allowed: it must be int >= 1\n"),
+    (["--config", "none.yaml"], "error: config file none.yaml cannot be read: No such file or directory\n"),
+], ids=["help", "h", "key", "value", "file"])
+def test_help_and_refused_settings_come_before_torch(arguments, said):
+    is_help = said == read("config.yaml")
+    done = subprocess.run([sys.executable, "-X", "importtime", os.path.join(ROOT, "train.py"), *arguments],
+                          capture_output=True, text=True)
+    imported = set(re.findall(r"import time:.*\| +([\w.]+)\n", done.stderr))
+    assert "yaml" in imported and not {"torch", "transformers", "numpy"} & imported
+    assert done.returncode == (0 if is_help else 2) and said in (done.stdout if is_help else done.stderr)
+
+
+@pytest.mark.parametrize("value, rule, allowed", [
+    (1, "int >= 1", True), (0, "int >= 1", False), (True, "int >= 0", False), (1.0, "int >= 0", False),
+    (0, "int in [0, 4]", True), (4, "int in [0, 4]", True), (5, "int in [0, 4]", False),
+    (0, "float > 0", False), (1, "float > 0", True), (math.inf, "float > 0", False),
+    (math.nan, "float >= 0", False), (0, "float >= 0", True), (10**400, "float > 0", False),
+    (0.5, "float in [0, 0.5)", False), (0, "float in [0, 0.5)", True), (1, "float in (0, 1]", True),
+    (0, "float in (0, 1]", False), ("auto", "false | true | auto", True), (True, "false | true | auto", True),
+    (1, "false | true | auto", False), ("x", "false | true | auto", False), (None, "null", True),
+    ([], "list of str", False), (["a"], "list of str", True), ([1], "list of str", False),
+    ([0.1, 2], "list of float > 0", True), ([0.1, 0], "list of float > 0", False),
+    ([], "list of float > 0", False), ({}, "mapping", True), ("yes", "bool", False),
+])
+def test_rules(value, rule, allowed):
+    assert fits(value, rule) is allowed
+
+
+@pytest.mark.parametrize("text, said", [
+    ("lr: 1\nlr: 2\n", "the key lr stands twice"), ("- a\n", "config file mine.yaml holds list"),
+    ("a: [", "config file mine.yaml is not YAML"), ("dpo:\n  gamma: 1\n", "dpo.gamma is no key"),
+    ("batch_size: '4'\n", "batch_size='4' is not allowed"), ("dpo: 3\n", "dpo is no key")])
+def test_bad_files_of_settings(text, said, refused):
+    write("mine.yaml", text)
+    assert said in refused("--config", "mine.yaml")

@@ -1,0 +1,86 @@
+"""What the person sees: the rows' report, the summary, evaluations, samples and the closing table."""
+
+import os
+
+import pytest
+from conftest import DATA, FEW_ROWS, TINY_RUN, make_trainer, write_lines
+
+from engine.report import Report, print_results, print_samples
+from losses import OBJECTIVES
+
+
+def test_what_the_person_sees(run, capsys, sft_run):
+    run(*TINY_RUN, f"eval_data={FEW_ROWS}", "loss=dpo", f"model={sft_run}/LATEST")
+    output = capsys.readouterr().out
+    for said in (f"run        {os.path.abspath('runs/dpo')}\n", "llama, 440,704 parameters in float32 on ",
+                 "reference  the model's starting weights", "loss       dpo beta=0.1 label_smoothing=0.0",
+                 "data       400 of 400 rows used, 0 dropped, 0 cut to fit\n",
+                 "eval data  8 of 400 rows used, 0 dropped, 0 cut to fit, 392 beyond what was asked for\n",
+                 "steps      3 of 4 examples; ", "step 0: eval/loss 0.6931, eval/rewards/chosen 0, ",
+                 "sample 2 of 2 at step 3\n",
+                 "evaluation                            step 0        step 3\n"
+                 "loss                                  0.6931        ",
+                 "checkpoint  runs/dpo/LATEST -> step-000003\n"):
+        assert said in output, said
+    assert output.endswith("next        python train.py model=runs/dpo/LATEST loss=...\n")
+
+
+def test_a_file_without_evaluation_says_so(run, capsys):
+    write_lines("r.jsonl", [{"prompt": "p", "response": "r"}] * 3)
+    run("data=r.jsonl", "batch_size=2")
+    output = capsys.readouterr().out
+    assert "eval data  none, so no evaluation; eval_data= names one\n" in output
+    assert "training                              step 1        step 3\n" in output
+    assert "eval/" not in output and "sample 1" not in output
+
+
+def test_a_reports_lines_by_hand():
+    report = Report(rows=10, used=1, cut=1, unused_attributes=2)
+    for n in range(1, 8):
+        report.drop("it is empty", f"row {n}")
+    report.drop(ValueError("it is odd"), "row 8")
+    assert list(report.lines()) == [
+        "1 of 10 rows used, 8 dropped, 1 cut to fit, 1 beyond what was asked for",
+        "  dropped 7: it is empty (row 1, row 2, row 3, row 4, row 5 and 2 more)",
+        "  dropped 1: it is odd (row 8)",
+        "  2 have attributes, unused: attribute_template is null"]
+    assert list(Report(rows=12345, used=12345).lines()) == [
+        "12,345 of 12,345 rows used, 0 dropped, 0 cut to fit"]
+
+
+def test_the_summary_notes_a_begin_token_that_prompts_lack(capsys):
+    settings = [f"tokenizer={os.path.join(DATA, 'stories260K')}", f"eval_data={FEW_ROWS}"]
+    make_trainer(*settings)
+    assert ("note       the tokenizer begins texts with <s>, but this run's prompts do not; if the model was "
+            "trained so, set add_bos=true\n") in capsys.readouterr().out
+    trainer = make_trainer(*settings, "add_bos=true")
+    assert "note " not in capsys.readouterr().out
+    assert trainer.train_examples[0].prompt[0] == trainer.data.tokenizer.bos_token_id
+
+
+def test_samples_are_cut_to_what_a_terminal_shows(capsys):
+    print_samples(7, [{"prompt": "a" + "b" * 300, "policy": "c" * 300 + "d", "reward": 1.5},
+                      {"prompt": "one\n two", "policy": "\x1b[2Jx"}])
+    assert capsys.readouterr().out == (
+        f"\nsample 1 of 2 at step 7\nprompt{'':<16}... {'b' * 300}\npolicy{'':<16}{'c' * 300} ...\n"
+        f"reward{'':<16}1.5\n\nsample 2 of 2 at step 7\nprompt{'':<16}one two\npolicy{'':<16}\ufffd[2Jx\n")
+
+
+@pytest.mark.parametrize("saved, loss, key", [
+    (3, "dpo", "model"), (3, "rm", "reward_model"), (None, "dpo", "")])
+def test_the_closing_table_by_hand(saved, loss, key, capsys):
+    def line(step, split="eval", **metrics):
+        return {"step": step, "examples": 4 * step, "split": split, "time": 1.0, **metrics}
+    print_results([line(0, loss=0.5), line(1, "train", loss=9.0), line(2, loss=9.0),
+                   line(3, loss=0.25, gain=None, small=-0.00004, zero=0.0)],
+                  os.path.abspath("runs/a run"), saved, OBJECTIVES[loss])
+    table = ["",
+             "evaluation                            step 0        step 3",
+             "loss                                  0.5000        0.2500",
+             "gain                                       -             -",
+             "small                                      -      -4.0e-05",
+             "zero                                       -        0.0000"]
+    end = ["",
+           "checkpoint  runs/a run/LATEST -> step-000003",
+           f"next        python train.py {key}='runs/a run/LATEST' loss=..."]
+    assert capsys.readouterr().out.splitlines() == table + (end if saved else [])
