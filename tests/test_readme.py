@@ -1,0 +1,168 @@
+"""Every command and piece of code in README.md and docs/ runs."""
+
+import glob
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import FEW_ROWS, ROOT, TINY_RUN, losses_of, read_lines, write_lines
+from transformers import AutoModelForCausalLM
+
+README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+DOCS = sorted(glob.glob(os.path.join(ROOT, "docs", "*.md")))
+PAGES = README + "".join(open(path, encoding="utf-8").read() for path in DOCS)
+CI = open(os.path.join(ROOT, ".ci", "run")).read()
+
+
+def blocks(language, text=PAGES):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def commands():
+    """Every `python train.py` and `torchrun` line of the pages' code blocks."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    parts = [part.split("#")[0].strip().removeprefix("srun ") for line in lines for part in line.split("&&")]
+    return [part for part in parts if part.startswith(("python train.py", "torchrun"))]
+
+
+def test_the_readme_has_its_two_commands_first():
+    first, second = blocks("bash", README)[:2]
+    for block, end in ((first, "python train.py loss=dpo"), (second, "python -m pytest")):
+        assert block.startswith("pip install -r requirements.txt ") and end in block
+        assert block.count("\n") == 1
+    assert README.count("\n") <= 200
+    pattern = re.search(r"grep -m 1 '(.*?)'", CI).group(1)  # with which CI finds the second
+    assert re.findall(pattern + ".*", README, re.M) == [second.strip()]
+
+
+def test_what_the_pages_show_is_there():
+    """Pictures and links within the project."""
+    for page in ("README.md", *glob.glob("docs/*.md", root_dir=ROOT)):
+        text = open(os.path.join(ROOT, page), encoding="utf-8").read()
+        for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text):
+            path = os.path.join(ROOT, os.path.dirname(page), target)
+            assert os.path.getsize(path) > (10_000 if target.endswith(".png") else 100), (page, target)
+
+
+def test_commands_do_not_meet_in_one_folder():
+    """Copied one after the other they all run: none finds the folder of an earlier one."""
+    names = []
+    for command in commands():
+        given = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word and word[0] != "-")
+        if "--config" not in command and "dry_run" not in given and given.get("resume") != "true":
+            names.append(given.get("exp_name", given.get("loss", "sft")))
+    assert len(names) > 20 and len(set(names)) == len(names), sorted(names)
+
+
+@pytest.fixture
+def runs(sft_run, rm_run):
+    """Folders of the names that the pages' commands go on from."""
+    for name in ("sft", "dpo", "mine-sft", "pythia-sft", "short", "rm", "student-sft", "eight-sft"):
+        source = rm_run if name == "rm" else sft_run
+        shutil.copytree(os.path.realpath(f"{source}/LATEST"), f"runs/{name}/LATEST")
+    shutil.copytree("runs/sft/LATEST", "student")
+
+
+def put_in_place(arguments):
+    """What a command names and this machine lacks, in its place: the tiny model, few rows, few steps."""
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a {i}"}],
+             "prompt": "p", "chosen": f"c {i}", "rejected": "r", "response": f"r {i}",
+             "attributes": {"quality": 4, "humor": i}} for i in range(8)]
+    for name in ("mine", "held_out", "pairs", "few", "rated", "rated_test"):
+        write_lines(f"{name}.jsonl", rows)
+    write_lines("mine.yaml", [{"model": "runs/sft/LATEST", "data": "mine.jsonl"}])
+    arguments = list(arguments)
+    if given.get("model", "").startswith(("EleutherAI", "Qwen", "meta-llama")):
+        arguments.append("model=runs/sft/LATEST")
+    if given.get("data", "toy") in ("hh", "ultrafeedback", "toy"):
+        arguments += [f"data={FEW_ROWS}", "eval_data=toy"]
+    if given.get("max_steps") != "0":
+        arguments.append("max_steps=2")
+    return [*arguments, "batch_size=2", "num_eval_examples=4", "sample_max_tokens=4",
+            "max_length=400", "exp_name=page", "wandb=disabled", "lr_schedule=constant"]
+
+
+@pytest.mark.parametrize("command", [x for x in commands() if x.startswith("python")])
+def test_a_command_runs(command, run, runs):
+    arguments = shlex.split(command)[2:]
+    if "resume=true" in arguments:
+        shutil.rmtree("runs/dpo")
+        run(*TINY_RUN, "loss=dpo", "lr_schedule=constant")
+        run(*arguments)
+        return
+    run(*put_in_place(arguments))
+    if "dry_run=true" in arguments:
+        assert not os.path.exists("runs/page")
+    else:
+        assert len(losses_of("runs/page")) == (0 if "max_steps=0" in arguments else 2)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("command", [x if x in README else pytest.param(x, marks=pytest.mark.slow)
+                                     for x in commands() if x.startswith("torchrun")])
+def test_a_command_on_several_devices_runs(command, runs):
+    """On this machine, with two processes."""
+    words = shlex.split(command)
+    options, arguments = words[1:words.index("train.py")], words[words.index("train.py") + 1:]
+    here = {"--nnodes": "1", "--nproc_per_node": "2", "--rdzv_endpoint": "localhost:0"}
+    options = [word.partition("=")[::2] for word in options]
+    options = [f"{name}={here.get(name, value)}" for name, value in options]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", *options, os.path.join(ROOT, "train.py"),
+                    *put_in_place(arguments)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert len(losses_of("runs/page")) == 2
+
+
+def test_lines_that_make_rows():
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python -c")]
+    for line, name, count, columns in zip(lines, ("pairs.jsonl", "few.jsonl"), (16384, 128), (
+            {"prompt", "chosen", "rejected"}, {"prompt", "response"}), strict=True):
+        subprocess.run(line.replace("python", sys.executable, 1), shell=True, check=True,
+                       env=os.environ | {"PYTHONPATH": ROOT})
+        rows = read_lines(name)
+        assert len(rows) == count and all(set(row) == columns for row in rows)
+
+
+def test_pieces_of_python(runs, capsys):
+    """A checkpoint's answer, a reward model's scores, a student."""
+    shutil.rmtree("student")
+    pieces = [block for block in blocks("python") if "import" in block]
+    for piece in pieces:
+        exec(piece, {})
+    assert len(pieces) == 3
+    praise, blame = map(float, re.findall(r"-?\d+\.\d+", capsys.readouterr().out.split("tensor")[1])[:2])
+    assert praise > blame
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in ("student", "runs/sft/LATEST"))
+    assert student.num_parameters() < teacher.num_parameters() / 4
+
+
+def test_adding_a_loss_and_a_dataset_as_the_readme_says(tmp_path):
+    """The README's own code, put into a scratch copy, runs."""
+    copy = tmp_path / "copy"
+    shutil.copytree(os.path.join(ROOT, "engine"), copy / "engine")
+    for name in ("train.py", "losses.py", "trainers.py", "data.py", "config.yaml"):
+        shutil.copy(os.path.join(ROOT, name), copy)
+    pieces = dict(re.findall(r"<!-- (\w+) -->\n```(?:python|yaml)\n(.*?)```", README, re.S))
+
+    def insert(path, before, piece, after=""):
+        text = (copy / path).read_text()
+        assert text.count(before) == 1
+        (copy / path).write_text(text.replace(before, piece + before if not after else before + piece))
+    insert("losses.py", "def check(", pieces["loss_function"] + "\n\n")
+    insert("losses.py", "OBJECTIVES = {\n", pieces["loss_row"], after="the table's first line")
+    insert("data.py", "@dataclass(frozen=True)\nclass Dataset:", pieces["dataset_function"] + "\n\n")
+    insert("data.py", "DATASETS = {\n", pieces["dataset_row"], after="the table's first line")
+    with open(copy / "config.yaml", "a") as file:
+        file.write(pieces["loss_config"])
+    script = [sys.executable, str(copy / "train.py"), "loss=simpo", "data=arithmetic", "simpo.gamma=0.7",
+              "max_steps=2", "batch_size=2", "eval_every=0"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first = read_lines(tmp_path / "runs/simpo/metrics.jsonl")[0]
+    assert first["loss"] > 0 and first["rewards/chosen"] < 0
+    done = subprocess.run([*script, "simpo.gamma=-1"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "simpo.gamma=-1 is not allowed: it must be float >= 0" in done.stderr
