@@ -76,8 +76,8 @@ class Trainer:
     def make_batcher(self, policy, reference, reward_model):
         """Makes batches in the layouts in which all of these models give the numbers of plain rows."""
         values = self.response_values
-        models = {policy: values, reference: values, reward_model: response_scores}  # the policy may be both
-        models = [pair for pair in models.items() if pair[0]]
+        models = {policy: values, reference: values, reward_model: response_scores}
+        models = [pair for pair in models.items() if pair[0]]  # policy and reference may be one, or some None
         examples = [*self.data.train_examples, *self.data.eval_examples]  # of which some are tried
         layouts = from_first(choose_layouts(self.config.layout, models, examples))
         max_tokens = self.config.max_tokens_per_microbatch or default_max_tokens(self.config.compute_dtype)
@@ -153,8 +153,9 @@ class Trainer:
             is_last = number == len(microbatches)
             sync_gradients(self.policy, is_last or not self.config.fsdp["reduce_once"])
             (losses.sum() * weight).backward()  # the last one also averages the gradients over ranks
+            losses = losses.detach()  # lets go of what the graph still holds
             add_to_sums(sums, batch, losses, metrics)
-            all_losses.append(losses.detach())
+            all_losses.append(losses)
 
         # Clip to a norm over all parameters of all ranks. The next batch is made while the device is at work.
         max_norm = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm

@@ -27,8 +27,7 @@ class ReferenceCache:
     """The reference's log-probabilities, in files under a key of all that decides them, to the last bit."""
 
     def __init__(self, reference, fingerprint, config, bf16):
-        named = config.reference_cache
-        self.folder = os.path.join("runs", "reference_cache") if named is True else named
+        self.folder = "runs/reference_cache" if config.reference_cache is True else config.reference_cache
         self.logps = functools.partial(response_logps, reference, bf16=bf16)
         unread = {"_name_or_path", "architectures", "dtype", "transformers_version"}
         settings = {k: v for k, v in reference.config.to_dict().items() if k not in unread}
