@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import jinja2
 import numpy as np
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from engine import InputError
@@ -25,7 +24,7 @@ from engine.config import FIELD, as_list
 from engine.distributed import raise_on_all_ranks
 from engine.files import load_hub, number_rows, read_source, strip_html, with_name
 from engine.models import load_end_ids, load_model_config, load_tokenizer
-from engine.report import Report
+from engine.report import Report, progress
 from engine.toy import toy, toy_optimal_reward, toy_scores
 
 COLUMN_ALIASES = {"chosen_reward": "score_chosen", "rejected_reward": "score_rejected"}
@@ -374,7 +373,7 @@ def encode(rows, report, tokenizer, config, end_ids, limit=None) -> list[Example
     """TextRows to Examples, in order, at most `limit`; `report` counts the used, the cut and the dropped."""
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     examples = []
-    for start in tqdm(range(0, len(rows), 1000), desc="tokenizing, 1,000 rows at a time", disable=None):
+    for start in progress(range(0, len(rows), 1000), "tokenizing, 1,000 rows at a time"):
         chunk = rows[start:start + 1000]
         plain = iter(encode_plain([row for row in chunk if not row.is_chat], tokenizer, end_ids))
         for row in chunk:

@@ -211,8 +211,9 @@ def check(allowed, name, value, rule):
 class Objective:
     """What the rest of the code asks about a loss; it never asks for a loss by name.
 
-    needs_pairs: the loss takes two responses. needs_reference: and the frozen model's view of them. inputs:
-    what it takes of the models: `logps` of responses, a scalar head's `scores`, or the `logits` of tokens.
+    loss: the function. needs_pairs: it takes two responses. needs_reference: and the frozen model's view of
+    them. inputs: what it takes of the models: `logps` of responses, a scalar head's `scores`, or the `logits`
+    of tokens.
     needs_teacher: the reference must be named in the config. self_play: the rejected responses are the
     policy's own, sampled anew in each iteration, and the reference is the policy at the iteration's start.
     evaluated_as: the loss of held-out examples, where it is another. columns: keyword tensors (B,) that

@@ -88,7 +88,7 @@ def build_trainer(config, checkpoint: str | None = None):
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv[1:]):
         with open(SCHEMA, encoding="utf-8") as schema:
-            print(__doc__, schema.read(), sep="\n", end="")
+            print(schema.read(), end="")
         sys.exit(0)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # a log file wants no progress bars

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from engine import InputError
 from engine.batches import Batch, Batcher, Example, default_max_tokens, stream
-from engine.cache import REFERENCE, ReferenceCache, score_or_read
+from engine.cache import REFERENCE_COLUMNS, ReferenceCache, score_or_read
 from engine.checkpoints import COUNTERS, Checkpoints, RunFolder, read_state, restore_state, save_model
 from engine.distributed import (Stopped, StopRequest, device, from_first, full_tensor, meta_copy, num_ranks,
                                 shard, sum_over_ranks, sync_gradients)
@@ -40,10 +40,11 @@ class Trainer:
         self.train_examples = [] if self.objective.self_play else run_data.train_examples
         self.step = self.examples = self.first_step = self.first_examples = 0
         self.iteration = -1 if self.objective.self_play else 0
-        is_reward_model = self.objective.inputs == "scores"
-        self.response_values = response_scores if is_reward_model else response_logps  # of a model: (K, B)
-        self.bf16 = (config.compute_dtype, config.dtype) == ("bfloat16", "float32") and num_ranks() == 1
-        self.saved_step, self.evaluated_steps, self.next_batch = None, set(), None
+        # What a loss takes of a model: (K, B).
+        self.response_values = response_scores if self.objective.inputs == "scores" else response_logps
+        # bf16: by autocast, on one device; shards cast by themselves.
+        self.bf16 = num_ranks() == 1 and (config.compute_dtype, config.dtype) == ("bfloat16", "float32")
+        self.saved_step, self.evaluated_steps, self.next_global_batch = None, set(), None
         self.reference_samples, self.reference_waits = None, False
         self.max_steps = math.inf if config.max_steps is None else config.max_steps
         self.throughput = Counter()  # since the last logged step
@@ -69,7 +70,7 @@ class Trainer:
         if self.objective.self_play:
             self.self_play = SelfPlay(config, run_data, self.folder, self.sampler)
         self.optimizer = make_optimizer(self.policy.parameters(), config)
-        self.bind_losses()
+        self.bind_settings()
         if checkpoint:
             self.restore(checkpoint)
 
@@ -84,8 +85,8 @@ class Trainer:
         dtype = torch.promote_types(policy.dtype, torch.float32)
         return Batcher(layouts, max_tokens, self.config.eval_batch_size, dtype, self.stop)
 
-    def bind_losses(self):
-        """Puts settings into the losses: a list in the config has a value for each iteration of self-play."""
+    def bind_settings(self):
+        """Puts settings into the losses, and sets lr: a list has a value for each iteration of self-play."""
         block = getattr(self.config, self.config.loss, {})
         self.settings = {name: value[self.iteration] if isinstance(value, list) else value
                          for name, value in block.items()}
@@ -141,7 +142,7 @@ class Trainer:
         objective = self.train_objective
 
         # The global batch is the same on any number of ranks; each takes its share, in microbatches.
-        examples, microbatches = self.next_batch or self.make_batch(self.position)
+        examples, microbatches = self.next_global_batch or self.make_global_batch(self.num_used)
         denominator = objective.denominator(examples)  # examples, or response tokens, of all ranks
 
         # Forward, loss, backward: the microbatches' gradients add up to that of the global batch's mean loss.
@@ -152,7 +153,7 @@ class Trainer:
             weight = 0 if batch.is_idle else num_ranks() / denominator  # idle: to keep pace with other ranks
             is_last = number == len(microbatches)
             sync_gradients(self.policy, is_last or not self.config.fsdp["reduce_once"])
-            (losses.sum() * weight).backward()  # the last one also averages the gradients over ranks
+            (losses.sum() * weight).backward()  # averages over ranks where it syncs: hence num_ranks()
             losses = losses.detach()  # lets go of what the graph still holds
             add_to_sums(sums, batch, losses, metrics)
             all_losses.append(losses)
@@ -160,7 +161,7 @@ class Trainer:
         # Clip to a norm over all parameters of all ranks. The next batch is made while the device is at work.
         max_norm = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm))
-        self.next_batch = self.make_batch(self.position + len(examples))
+        self.next_global_batch = self.make_global_batch(self.num_used + len(examples))
 
         # Sum the metrics over ranks (here the host waits for the device), and refuse what is not finite.
         metrics = mean_metrics(sums, objective, examples) | {"grad_norm": grad_norm.item()}
@@ -179,7 +180,7 @@ class Trainer:
         self.examples += len(examples)
         self.throughput.update(examples=len(examples), tokens=sum(example.num_tokens for example in examples),
                                seconds=time.perf_counter() - started)
-        return metrics | self.epoch()
+        return metrics | self.epoch_metrics()
 
     def compute_losses(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict]:
         """A microbatch's losses (B,), which carry the gradient, and its metrics, each (B,) and detached."""
@@ -188,8 +189,8 @@ class Trainer:
             return token_losses(functools.partial(objective.loss, **columns), [self.policy, self.reference],
                                 batch, self.bf16)
         values = [*self.response_values(self.policy, batch, self.bf16)]  # of chosen, of rejected: (B,) each
-        if objective.needs_reference and REFERENCE[0] in batch.columns:  # computed once, at the start
-            values += [batch.columns[name] for name in REFERENCE[:len(values)]]
+        if objective.needs_reference and REFERENCE_COLUMNS[0] in batch.columns:  # computed once, at the start
+            values += [batch.columns[name] for name in REFERENCE_COLUMNS[:len(values)]]
         elif objective.needs_reference:
             with torch.no_grad():
                 values += self.response_values(self.reference, batch, self.bf16)
@@ -199,12 +200,12 @@ class Trainer:
                         "generated/finished": batch.columns["finished"]}
         return losses, metrics
 
-    def make_batch(self, position: int) -> tuple[list[Example], list[Batch]]:
-        """The examples of the step that begins at a position of the stream; this rank's share of them."""
+    def make_global_batch(self, start: int) -> tuple[list[Example], list[Batch]]:
+        """The examples of the step that begins so far into the stream, and this rank's share of them."""
         config, num_rows = self.config, len(self.train_examples)
-        stop = min(position + config.batch_size, self.num_positions(num_rows))
+        end = min(start + config.batch_size, self.num_to_use(num_rows))
         seed = config.seed + 7_368_787 * self.iteration  # another order in each iteration of self-play
-        rows = stream(num_rows, position, stop, seed=seed, shuffle=config.shuffle)
+        rows = stream(num_rows, start, end, seed=seed, shuffle=config.shuffle)
         examples = [self.train_examples[row] for row in rows]
         return examples, self.batcher.train_share(examples, config.gradient_accumulation_steps)
 
@@ -221,7 +222,8 @@ class Trainer:
         if self.data.sample_examples:
             metrics |= self.sample()
         self.policy.train()
-        self.log("eval", metrics | self.epoch())  # last: where this line stands, a resume finds all written
+        # Last: where this line stands, a resume finds all written.
+        self.log("eval", metrics | self.epoch_metrics())
         self.evaluated_steps.add(self.step)
 
     def sample(self) -> dict[str, float]:
@@ -256,8 +258,8 @@ class Trainer:
         self.fingerprints["reference"] = opponent = fingerprint(self.reference)
         self.self_play.write_answers(self.reference, opponent, self.iteration + 1)
         self.iteration, self.first_step, self.first_examples = self.iteration + 1, self.step, self.examples
-        self.train_examples, self.next_batch = self.self_play.pairs(opponent, self.iteration), None
-        self.bind_losses()
+        self.train_examples, self.next_global_batch = self.self_play.pairs(opponent, self.iteration), None
+        self.bind_settings()
         if self.iteration > 0 and self.settings["reset_optimizer"]:
             self.optimizer = make_optimizer(self.policy.parameters(), self.config)
 
@@ -275,8 +277,8 @@ class Trainer:
         """The reference's log-probabilities of every response, computed once or read from their cache.
 
         Evaluation's come from the very microbatches that it will use, so that rewards at step 0 are exactly
-        0; training's from microbatches that no setting changes. Then only samples need the reference, which
-        waits for them in the host's memory, or goes.
+        0; training's from microbatches that no setting of memory changes. Then only samples need the
+        reference, which waits for them in the host's memory, or goes.
         """
         config, rows = self.config, self.data.train_examples
         if not (self.objective.needs_reference and self.objective.inputs == "logps" and config.reference_cache
@@ -284,16 +286,17 @@ class Trainer:
             return
         cache = ReferenceCache(self.reference, self.fingerprints["reference"], config, self.bf16)
         limit = self.max_steps * config.batch_size
-        if min(limit, self.num_positions(len(rows))) < len(rows):
+        if min(limit, self.num_to_use(len(rows))) < len(rows):
             rows = []  # a run that does not see every row computes those that it sees in its steps
         fixed = dataclasses.replace(
             self.batcher, max_tokens=default_max_tokens(config.compute_dtype), eval_batch_size=256)
         for start in range(0, len(rows), 10_000):
             cache.fill_in(rows[start:start + 10_000], fixed)
-        cache.fill_in(self.data.eval_examples, self.batcher)
+        evaluates = config.eval_every > 0 or self.max_steps == 0
+        cache.fill_in(self.data.eval_examples if evaluates else [], self.batcher)
         cache.report()
-        if rows or limit == 0:
-            is_sampled = self.data.sample_examples and (config.eval_every > 0 or limit == 0)
+        if rows or self.max_steps == 0:  # all its numbers are known
+            is_sampled = evaluates and len(self.data.sample_examples) > 0
             self.reference = self.reference if is_sampled else None
             self.reference_waits = is_sampled and self.reference.device.type != "cpu"  # where it is already
             if self.reference_waits:
@@ -302,18 +305,18 @@ class Trainer:
     # ------------------------------------------------------------ where the run stands, and what is due
 
     @property
-    def position(self):
+    def num_used(self):
         """How many examples this iteration has used."""
         return self.examples - self.first_examples
 
-    def num_positions(self, num_rows):
+    def num_to_use(self, num_rows):
         """How many examples all epochs use; rounded first, for 0.1 * 30 is 3.0000000000000004."""
         return math.ceil(round(self.config.num_epochs * num_rows, 6))
 
     @property
     def last_step(self):
         """The number of the optimizer step with which this iteration ends, or max_steps."""
-        left = self.num_positions(len(self.train_examples)) - self.position
+        left = self.num_to_use(len(self.train_examples)) - self.num_used
         last = self.step + max(0, math.ceil(left / self.config.batch_size))
         return min(last, self.max_steps)
 
@@ -323,7 +326,7 @@ class Trainer:
         total, mixed = self.last_step, bool(self.settings.get("mix_previous"))
         for iteration in range(self.iteration + 1, self.settings.get("iterations", 1)):
             num_rows = len(self.data.train_examples) * (1 + (mixed and iteration > 0))
-            total += math.ceil(self.num_positions(num_rows) / self.config.batch_size)
+            total += math.ceil(self.num_to_use(num_rows) / self.config.batch_size)
         return min(total, self.max_steps)
 
     @property
@@ -331,9 +334,9 @@ class Trainer:
         is_last = self.iteration + 1 >= self.settings.get("iterations", 1)
         return self.step >= self.max_steps or (is_last and self.step >= self.last_step)
 
-    def epoch(self):
+    def epoch_metrics(self):
         """Metrics that say where in its data, and in self-play in which iteration, the run stands."""
-        epoch = {"epoch": self.position / max(1, len(self.train_examples))}
+        epoch = {"epoch": self.num_used / max(1, len(self.train_examples))}
         return epoch | ({"iteration": max(0, self.iteration)} if self.objective.self_play else {})
 
     def eval_is_due(self):
@@ -391,7 +394,7 @@ class Trainer:
         self.saved_step = self.step
         if self.objective.self_play and self.iteration >= 0:
             self.train_examples = self.self_play.pairs(self.fingerprints["reference"], self.iteration)
-        self.bind_losses()
+        self.bind_settings()
 
     def rewind_records(self):
         """Cuts metrics.jsonl and samples.jsonl back to the step that is saved, or to none; clears what an
@@ -409,8 +412,8 @@ def token_losses(loss, models, batch, bf16) -> tuple[torch.Tensor, dict]:
         losses, metrics = loss(*logits_and_targets)
         return {"loss": losses, **metrics}
     values = read_tokens(loss_and_metrics, models, batch, bf16)
-    sums = {name: sum_over_responses(value, batch)[0] for name, value in values.items()}
-    return sums.pop("loss"), sums
+    losses = sum_over_responses(values.pop("loss"), batch)[0]
+    return losses, {name: sum_over_responses(value.detach(), batch)[0] for name, value in values.items()}
 
 
 def add_to_sums(sums: dict, batch: Batch, losses: torch.Tensor, metrics: dict):
@@ -431,8 +434,7 @@ def mean_metrics(sums: dict, objective: Objective, examples: list[Example]) -> d
     """
     denominator = objective.denominator(examples)
     totals = sum_over_ranks(torch.stack(list(sums.values())).tolist())
-    is_by_token = objective.inputs == "logits"
-    means = {name: total / (denominator if name == "loss" or is_by_token else len(examples))
+    means = {name: total / (denominator if name == "loss" or objective.inputs == "logits" else len(examples))
              for name, total in zip(sums, totals)}
     if "rewards/mean_square" in means:
         variance = means.pop("rewards/mean_square") - means["rewards/mean"] ** 2

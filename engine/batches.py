@@ -17,7 +17,10 @@ REWARDS = ("chosen_reward", "rejected_reward")  # columns that a reward model ca
 
 @dataclass
 class Example:
-    """Token ids of one row, as int32 arrays, responses with their end token unless it was cut off."""
+    """Token ids of one row, as int32 arrays, responses with their end token unless it was cut off.
+
+    columns: numbers of the data, and what a reference or reward model has said of the responses.
+    """
 
     where: str
     prompt: np.ndarray

@@ -20,7 +20,7 @@ from engine.distributed import device, from_first, num_ranks, raise_on_all_ranks
 from engine.forward import response_logps
 from engine.report import progress
 
-REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns of examples, once filled in
+REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")  # of examples, once filled in
 
 
 class ReferenceCache:
@@ -70,7 +70,7 @@ class ReferenceCache:
         else:
             self.num_found += len(examples)
         for example, row in zip(examples, logps.tolist()):
-            example.columns |= dict(zip(REFERENCE, row))
+            example.columns |= dict(zip(REFERENCE_COLUMNS, row))
 
     def report(self):
         tqdm.write(f"reference  log-probabilities of {self.num_found:,} rows read from {self.folder}, of "

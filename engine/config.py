@@ -1,5 +1,6 @@
 """What can be set, and what is allowed? config.yaml is the only schema; without torch, to refuse at once."""
 
+import copy
 import difflib
 import functools
 import math
@@ -86,7 +87,8 @@ def read_schema():
 
 
 def read_yaml(path, provenance=False):
-    """The mapping in a file; the provenance that a run's own config.yaml adds only where it is asked for."""
+    """The mapping in a file. Of a run's own config.yaml, unless its provenance is asked for, without that and
+    without what belongs to that run alone."""
     try:
         with open(path, encoding="utf-8") as file:
             settings = load_yaml(file, f"config file {path}") or {}
@@ -94,7 +96,8 @@ def read_yaml(path, provenance=False):
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
     if not isinstance(settings, dict):
         raise InputError(f"config file {path} holds {type(settings).__name__}, not keys with values")
-    return settings if provenance else {key: value for key, value in settings.items() if key != "provenance"}
+    own = () if provenance or "provenance" not in settings else ("provenance", "run_dir", "resume")
+    return {key: value for key, value in settings.items() if key not in own}
 
 
 def load_yaml(text, what):
@@ -167,7 +170,7 @@ def as_namespace(flat, datasets):
 
     config = types.SimpleNamespace()
     defaults, _ = read_schema()
-    for key, value in (defaults | flat).items():
+    for key, value in copy.deepcopy(defaults | flat).items():
         block, _, name = key.rpartition(".")
         if block:
             vars(config).setdefault(block, {})[name] = value

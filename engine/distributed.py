@@ -300,11 +300,11 @@ def check_devices(config):
     if config.compile and not has_gpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("compile=true needs a C++ compiler on a CPU, and there is no g++: install one")
     if config.world_size and not config.dry_run:
-        raise InputError(f"world_size={config.world_size} is for dry_run=true: leave it out")
+        raise InputError(f"world_size={config.world_size} is for dry_run=true: leave it out, or use torchrun")
     if num_devices > 1 and "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE={num_devices} without a MASTER_ADDR: start the run by torchrun")
     num_asked = config.world_size or num_devices
     if num_asked % replicas:
         raise InputError(f"fsdp.replicas={replicas} does not divide the {num_asked} devices: choose another")
     if config.fsdp["cpu_offload"] and not (has_gpu and num_devices > 1 or config.dry_run):
-        raise InputError("fsdp.cpu_offload=true needs several GPUs, which this run has not: leave it out")
+        raise InputError("fsdp.cpu_offload=true needs several GPUs: leave it out, or give them by torchrun")

@@ -166,6 +166,7 @@ def check_causal(model, path):
                          "one that is")
 
 
+@raise_on_all_ranks
 def load_beside(key, path, config, tokenizer, head=None) -> PreTrainedModel:
     """A model beside the policy, a reference or judge, with the same tokenizer. `key` names it."""
     if path != "tiny":

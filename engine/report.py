@@ -118,7 +118,7 @@ def describe_failure(step, metrics, examples, microbatches, all_losses, saved_st
 
 
 def print_results(records, run_dir, saved_step, objective):
-    """First and last evaluation (or training step) side by side, the checkpoint, and how to go on from it."""
+    """First and last evaluation (or training step) side by side, the checkpoint, and how to use it."""
     for split, title in (("eval", "evaluation"), ("train", "training")):
         lines = [line for line in records if line["split"] == split]
         if lines:
@@ -133,5 +133,4 @@ def print_results(records, run_dir, saved_step, objective):
     if saved_step:
         latest = os.path.join(os.path.relpath(run_dir), "LATEST")
         key = "reward_model" if objective.inputs == "scores" else "model"
-        print(f"\ncheckpoint  {latest} -> step-{saved_step:06d}\n"
-              f"next        python train.py {key}={shlex.quote(latest)} loss=...")
+        print(f"\ncheckpoint  {latest} -> step-{saved_step:06d}\nuse it by   {key}={shlex.quote(latest)}")

@@ -18,7 +18,7 @@ from transformers import (GenerationConfig, LogitsProcessor, PreTrainedModel, To
 from engine import InputError
 from engine.batches import Batcher, Example
 from engine.checkpoints import RunFolder
-from engine.distributed import device, from_all, num_ranks, rank, unsharded, wait_for_all
+from engine.distributed import device, from_all, num_ranks, raise_on_all_ranks, rank, unsharded, wait_for_all
 from engine.forward import autocast, response_logps, response_scores
 from engine.report import progress
 
@@ -170,9 +170,8 @@ class Sampler:
 
     def metrics(self, answers, scores, kl=None) -> dict[str, float]:
         """Metrics over all answers and scores, of `policy` and, with a KL, of `reference`."""
-        length = sum(map(len, answers["policy"])) / len(self.examples)
         optimal_reward = self.data.judge and self.data.judge.optimal_reward
-        return {"samples/length": length} | score_metrics(
+        return {"samples/length": sum(map(len, answers["policy"])) / len(self.examples)} | score_metrics(
             scores["policy"], scores.get("reference"), kl, optimal_reward)
 
     def records(self, answers, scores) -> list[dict]:
@@ -247,6 +246,7 @@ class SelfPlay:
                  "key": key}
                 for row, ids in zip(rows, answers)])
 
+    @raise_on_all_ranks
     def pairs(self, opponent: str, iteration: int) -> list[Example]:
         """The data's responses against this iteration's answers and, with mix_previous, the one's before."""
         wait_for_all()  # until the last answer is written

@@ -14,7 +14,7 @@ from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, losses_of, make_trainer, nu
 
 import trainers
 from engine.batches import Batcher, Example, collate
-from engine.cache import REFERENCE, read_checked, score_or_read, write_checked
+from engine.cache import REFERENCE_COLUMNS, read_checked, score_or_read, write_checked
 from engine.checkpoints import RunFolder
 from engine.distributed import device
 from engine.forward import response_scores
@@ -71,7 +71,7 @@ def test_reference_log_probabilities_are_the_reference_models(dpo):
                     for example in examples]
     trainer.fill_in_reference()
     for example, values in zip(examples, expected):
-        assert [example.columns[name] for name in REFERENCE] == pytest.approx(values, rel=1e-6)
+        assert [example.columns[name] for name in REFERENCE_COLUMNS] == pytest.approx(values, rel=1e-6)
         assert {"chosen_reward", "rejected_reward"} <= example.columns.keys()
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_cache_file_is_computed_again(damage, dpo, capsys):
         assert reference_rows(printed) == ((60, 0) if round == 2 else (0, 60))
         assert ("is damaged and computed again" in printed) is (round == 1)
         rows = trainer.data.train_examples
-        values.append([example.columns[name] for example in rows for name in REFERENCE])
+        values.append([example.columns[name] for example in rows for name in REFERENCE_COLUMNS])
         (name,) = os.listdir("runs/reference_cache")
         with open(f"runs/reference_cache/{name}", "rb") as file:
             content = file.read()
@@ -173,8 +173,8 @@ def test_a_run_that_does_not_see_every_row_computes_no_more_than_it_sees(setting
     capsys.readouterr()
     trainer.fill_in_reference()
     assert reference_rows(capsys.readouterr().out) == (0, 68 if seen else 8)
-    assert all((REFERENCE[0] in example.columns) is seen for example in trainer.data.train_examples)
-    assert all(REFERENCE[0] in example.columns for example in trainer.data.eval_examples)
+    assert all((REFERENCE_COLUMNS[0] in example.columns) is seen for example in trainer.data.train_examples)
+    assert all(REFERENCE_COLUMNS[0] in example.columns for example in trainer.data.eval_examples)
     assert (trainer.reference is None) is (seen or settings == ["max_steps=0"])  # nothing is left to do
 
 

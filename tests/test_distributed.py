@@ -446,7 +446,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch, refused):
 
 
 def test_ranks_need_devices(refused, monkeypatch):
-    assert "needs several GPUs, which this run has not" in refused("fsdp.cpu_offload=true")
+    assert "needs several GPUs: leave it out" in refused("fsdp.cpu_offload=true")
     assert "fsdp.replicas=2 does not divide the 1 devices" in refused("fsdp.replicas=2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)

@@ -132,6 +132,8 @@ def test_logits_exist_a_chunk_at_a_time(settings, passes, sft_run, monkeypatch):
         assert max(sizes) == num_tokens and len(sizes) == passes * math.ceil(size / num_tokens)
         assert metrics == pytest.approx(expected, rel=1e-9)
         assert largest_difference(whole.policy, chunked.policy) <= 1e-9
+        _, detached = chunked.compute_losses(chunked.next_global_batch[1][0], chunked.train_objective)
+        assert not any(metric.requires_grad for metric in detached.values())  # or its graph would stay
     if "loss=kd" in settings:
         assert expected["loss"] == pytest.approx(expected["kd_loss"] + 0.5 * expected["sft_loss"])
         assert expected["kd_loss"] > 1e-3

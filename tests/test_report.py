@@ -22,7 +22,7 @@ def test_what_the_person_sees(run, capsys, sft_run):
                  "loss                                  0.6931        ",
                  "checkpoint  runs/dpo/LATEST -> step-000003\n"):
         assert said in output, said
-    assert output.endswith("next        python train.py model=runs/dpo/LATEST loss=...\n")
+    assert output.endswith("use it by   model=runs/dpo/LATEST\n")
 
 
 def test_a_file_without_evaluation_says_so(run, capsys):
@@ -82,5 +82,5 @@ def test_the_closing_table_by_hand(saved, loss, key, capsys):
              "zero                                       -        0.0000"]
     end = ["",
            "checkpoint  runs/a run/LATEST -> step-000003",
-           f"next        python train.py {key}='runs/a run/LATEST' loss=..."]
+           f"use it by   {key}='runs/a run/LATEST'"]
     assert capsys.readouterr().out.splitlines() == table + (end if saved else [])

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import engine.forward
 import trainers
 from engine.batches import SEPARATE, collate, stream
-from engine.cache import REFERENCE
+from engine.cache import REFERENCE_COLUMNS
 from engine.config import read_schema
 from engine.forward import response_logps, response_scores
 from engine.sampling import Sampler
@@ -216,7 +216,7 @@ def test_settings_of_each_iteration():
     pair = [torch.tensor([x]) for x in (-1.0, -3.0, -2.0, -2.0)]  # h = 2
     for iteration, (lr, beta) in enumerate(((0, 0.1), (2e-3, 0.5))):
         trainer.iteration = iteration
-        trainer.bind_losses()
+        trainer.bind_settings()
         assert trainer.lr == lr and trainer.settings["beta"] == beta
         losses, _ = trainer.train_objective.loss(*pair)
         assert losses.item() == pytest.approx(math.log(1 + math.exp(-2 * beta)), rel=1e-6)
@@ -250,10 +250,10 @@ def test_rewards_at_step_0(dtype, sft_run):
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
     rewards, logps, errors = [], [], []
     for position in range(0, 57, 4):
-        for batch in trainer.make_batch(position)[1]:
+        for batch in trainer.make_global_batch(position)[1]:
             _, metrics = trainer.compute_losses(batch, trainer.train_objective)
             rewards += [metrics["rewards/chosen"], metrics["rewards/rejected"]]
-            logps += [batch.columns[name] for name in REFERENCE]
+            logps += [batch.columns[name] for name in REFERENCE_COLUMNS]
             with torch.no_grad():
                 exact = response_logps(trainer.policy, batch)
             errors += [*(exact - response_logps(trainer.policy, batch, trainer.bf16)).detach()]
@@ -267,12 +267,12 @@ def test_rewards_at_step_0(dtype, sft_run):
 
 def test_batches_are_made_one_step_ahead(monkeypatch):
     trainer, made = make_trainer("loss=dpo", *QUICK, "max_steps=9"), []
-    make_batch = trainer.make_batch
-    monkeypatch.setattr(trainer, "make_batch", lambda position: made.append(position) or make_batch(position))
+    make = trainer.make_global_batch
+    monkeypatch.setattr(trainer, "make_global_batch", lambda start: made.append(start) or make(start))
     for _ in range(3):
         trainer.train_step()
     assert made == [0, 4, 8, 12]
-    ahead = [example.where for batch in trainer.next_batch[1] for example in batch.examples]
+    ahead = [example.where for batch in trainer.next_global_batch[1] for example in batch.examples]
     rows = torch.randperm(400, generator=torch.Generator().manual_seed(0))[12:16].tolist()
     assert sorted(ahead) == sorted(trainer.train_examples[row].where for row in rows)
 
@@ -520,9 +520,9 @@ def test_the_optimizer_across_iterations(reset, sft_run):
     trainer = make_trainer(*SPIN, *QUICK, f"model={sft_run}/LATEST", f"spin.reset_optimizer={reset}".lower())
     trainer.next_iteration()
     trainer.train_step()
-    assert trainer.next_batch is not None
+    assert trainer.next_global_batch is not None
     trainer.next_iteration()
-    assert trainer.next_batch is None  # the one made ahead is of other pairs
+    assert trainer.next_global_batch is None  # the one made ahead is of other pairs
     assert len(trainer.optimizer.state) == (0 if reset else len(list(trainer.policy.parameters())))
     weights = list(trainer.policy.parameters())
     before = weights[1].clone()

@@ -213,7 +213,7 @@ def run_here(arguments, settings):
         started = time.perf_counter()
         state["losses"] += steps()
         seconds, trainer = time.perf_counter() - started, state["trainer"]
-        used = trainer.train_examples[WARM_UP * trainer.config.batch_size:trainer.position]
+        used = trainer.train_examples[WARM_UP * trainer.config.batch_size:trainer.num_used]
         return {"seconds": seconds, "losses": state["losses"], "memory": peak_memory(), "pairs": len(used),
                 "parameters": sum(p.numel() for p in trainer.policy.parameters()),
                 "tokens": sum(example.num_tokens for example in used), "necessary": necessary(trainer, used)}
@@ -221,7 +221,7 @@ def run_here(arguments, settings):
     def parts():
         trainer = state["trainer"]
         trainer.examples = WARM_UP * trainer.config.batch_size  # the same examples again
-        trainer.next_batch = None  # which was made ahead for another place
+        trainer.next_global_batch = None  # which was made ahead for another place
         return {"seconds": profile(trainer, steps), "reference": state["reference"], "cache": state["cache"]}
     serve(prepare, go, parts)
 
@@ -264,7 +264,7 @@ def profile(trainer, steps):
         wall = time.perf_counter() - started
     batches.collate = collate
     vocabulary = trainer.policy.get_input_embeddings().weight.shape[0]
-    examples = trainer.train_examples[:trainer.position]
+    examples = trainer.train_examples[:trainer.num_used]
     share = sum(len(example.prompt) for example in examples) / sum(example.num_tokens for example in examples)
     rest = "other arithmetic of the model and its backward"
     names = ("prompt", "response", "head", "attention", rest, "optimizer", "batch making")
