@@ -1,10 +1,13 @@
 """Which datasets are there, and how does a row become token ids?
 
-    row (a dict, as the dataset has it)  -> read_row -> TextRow  -> encode -> Example (token ids)
+    row (a dict, as the dataset has it) -> read_row -> TextRow -> Encoder.render -> its whole text, and the
+    spans of its answers there -> Encoder.example -> Example (token ids)
 
 A row that cannot be trained on raises Dropped; the Report counts it. A malformed one raises InputError.
 """
 
+import contextlib
+import datetime
 import functools
 import hashlib
 import itertools
@@ -14,17 +17,20 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import jinja2
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from engine import InputError
+from engine import Dropped, InputError
 from engine.batches import COMPUTED_COLUMNS, REWARDS, Example
+from engine.chats import (GUARD, WRITTEN, ChatTemplate, fill_template, is_text, read_messages, read_tools,
+                          split_conversations)
+from engine.checkpoints import read_began
 from engine.config import FIELD, as_list
-from engine.distributed import raise_on_all_ranks
-from engine.files import load_hub, number_rows, read_source, strip_html, with_name
+from engine.distributed import from_first, raise_on_all_ranks
+from engine.files import load_hub, number_rows, read_source, short_names, strip_html, with_name
 from engine.models import load_end_ids, load_model_config, load_tokenizer
 from engine.report import Report, progress
+from engine.tokens import TokenCutter, part_read
 from engine.toy import toy, toy_optimal_reward, toy_scores
 
 COLUMN_ALIASES = {"chosen_reward": "score_chosen", "rejected_reward": "score_rejected"}
@@ -34,6 +40,7 @@ SHAPES = (  # prompt column, chosen or only response, rejected; the first that f
     (None, "chosen", "rejected"),
     ("prompt", "chosen_response", "rejected_response"),
     (None, "messages", None),
+    (None, "conversations", None),
     ("prompt", "response", None),
     ("prompt", "completion", None),
     ("instruction", "output", None),  # and `input`, where a row has one
@@ -41,65 +48,83 @@ SHAPES = (  # prompt column, chosen or only response, rejected; the first that f
 )
 
 
-class Dropped(Exception):
-    """This row cannot be trained on; the message is the reason, under which the Report counts it."""
-
-
 @dataclass
 class RunData:
     """All that a run reads but weights.
 
-    fingerprint: of the training rows, for a resumed run must go on with the same. sample_examples: their
-    prompts are answered in each evaluation. judge: the Dataset whose true scores are known of these, or None.
-    end_ids: the tokens that end a response; the first closes those that have none. reports: on the rows.
+    eval_sources: held-out examples by the name of their source. sample_examples: their prompts are answered
+    in each evaluation. judge: the Dataset whose true scores are known of these, or None. end_ids: the tokens
+    that end a response; the first closes those that have none. fingerprints: of the training rows' texts
+    (`data`) and token ids (`tokens`), for a resumed run must go on with the same. began: the date on which
+    the run did.
     """
 
     train_examples: list[Example]
-    eval_examples: list[Example]
+    eval_sources: dict[str, list[Example]]
     sample_examples: list[Example]
     judge: "Dataset | None"
-    fingerprint: str
+    fingerprints: dict[str, str]
+    began: str
     reports: dict[str, Report]
     tokenizer: PreTrainedTokenizerBase
     end_ids: list[int]
     model_config: PretrainedConfig
     dropouts: dict[str, float]
 
+    @property
+    def eval_examples(self):
+        return list(itertools.chain(*self.eval_sources.values()))
+
 
 @raise_on_all_ranks
 def load_data(config, objective, checkpoint=None) -> RunData:
     """Reads the sources that the config names and makes token ids of their rows, for the policy."""
-    eval_sources = as_list(config.eval_data) or [name for name in as_list(config.data) if name in DATASETS]
-    load = functools.partial(load_rows, objective=objective, template=config.attribute_template,
+    sources = as_list(config.eval_data) or [name for name in as_list(config.data) if name in DATASETS]
+    reports = {"data": Report(), "eval data": Report()}
+    read = functools.partial(load_rows, objective=objective, template=config.prompt_template,
                              may_lack_rewards=config.reward_model is not None)
-    train_rows, train_report = load(config.data, "train")
-    eval_rows, eval_report = load(eval_sources, "test")
-    reports = {"data": train_report, "eval data": eval_report}
+    train_rows = [read(name, "train", report=reports["data"])[0] for name in as_list(config.data)]
+    eval_rows = [read(name, "test", report=reports["eval data"])[0] for name in sources]
 
-    texts = (text for row in train_rows for text in (row.prompt, *row.responses))
+    texts = (text for row in itertools.chain(*train_rows) for text in (row.prompt, *row.responses))
     model_path = checkpoint or config.model
     tokenizer = load_tokenizer(checkpoint or config.tokenizer or config.model, texts, config)
     model_config, dropouts = load_model_config(model_path, config, tokenizer)
     end_ids = load_end_ids(model_path, model_config, tokenizer)
+    began = read_began(checkpoint) or from_first(datetime.date.today().isoformat())
+    encoder = Encoder(tokenizer, config, end_ids, began)
 
-    judge = DATASETS.get(eval_sources[0]) if len(set(eval_sources)) == 1 else None  # of several none is
+    # What is trained on, and the same of the held-out rows, by source.
+    train_on = getattr(config, config.loss, {}).get("train_on", "last_answer")
+    options = {"train_on": train_on, "to_the_end": objective.inputs == "scores"}  # where scores are read
+    train_examples = [example for rows in train_rows for example in encoder.examples(
+        rows, reports["data"], limit=config.num_train_examples, **options)]
+    eval_sources = {name: encoder.examples(
+        rows, reports["eval data"], limit=config.num_eval_examples, **options)
+        for name, rows in zip(short_names(sources), eval_rows)}
+
+    # The prompts that are answered in each evaluation.
+    judge = DATASETS.get(sources[0]) if len(set(sources)) == 1 else None  # of several none is
     judge = judge if judge and judge.scores else None
     num_prompts = max(config.num_samples, judge.num_samples if judge else 0)
     num_prompts = 0 if objective.inputs == "scores" else num_prompts  # a reward model writes nothing
-    limit = None if config.num_eval_examples is None else max(config.num_eval_examples, num_prompts)
-    train_examples = encode(train_rows, train_report, tokenizer, config, end_ids)
-    held_out = encode(eval_rows, eval_report, tokenizer, config, end_ids, limit)
-    sample_examples = held_out[:num_prompts]
     if config.sample_attributes:
-        rows, reports["samples"] = load(eval_sources, "test", attributes=config.sample_attributes)
-        sample_examples = encode(rows, reports["samples"], tokenizer, config, end_ids, num_prompts)
-    if config.max_steps == 0 and not eval_sources:
+        eval_rows = [read(name, "test", attributes=config.sample_attributes)[0] for name in sources]
+    prompts = list(itertools.chain(*eval_rows))
+    reports["samples"] = Report(len(prompts), "prompts")
+    sample_examples = encoder.examples(prompts, reports["samples"], limit=num_prompts)
+
+    if config.max_steps == 0 and not sources:
         raise InputError("max_steps=0 only evaluates and samples, and there is nothing to: name eval_data")
-    for key, report in (("data", train_report), ("eval_data", eval_report)):
-        if not report.used and (eval_sources or key == "data"):
-            raise InputError(f"{key} leaves no row to work with: " + "; ".join(report.lines()))
-    return RunData(train_examples, held_out[:config.num_eval_examples], sample_examples, judge,
-                   train_report.fingerprint, reports, tokenizer, end_ids, model_config, dropouts)
+    parts = {"data": train_examples} | {f"eval data {name}": part for name, part in eval_sources.items()}
+    for name, part in parts.items():
+        if not part:
+            report = reports["data" if name == "data" else "eval data"]
+            raise InputError(f"{name} leaves no row to work with: " + "; ".join(report.lines()))
+    tokens = hashlib.sha256(b"".join(example.fingerprint for example in train_examples))
+    fingerprints = {"data": reports["data"].digest.hexdigest(), "tokens": tokens.hexdigest()}
+    return RunData(train_examples, eval_sources, sample_examples, judge, fingerprints, began, reports,
+                   tokenizer, end_ids, model_config, dropouts)
 
 
 # ---------------------------------------------------------------- datasets
@@ -192,161 +217,139 @@ def load_source(name, split, pairs):
 
 @dataclass
 class TextRow:
-    """prompt and responses are strings, or (chat) a list of messages and one message for each response."""
+    """prompt and responses are strings, or (chat) a list of messages and one message for each response.
+
+    answers: indices into the prompt of earlier answers that SFT may train on. tools: for the chat template.
+    """
 
     where: str
     prompt: str | list
     responses: tuple  # (chosen, rejected) or (response,)
     columns: dict  # name -> float
+    answers: tuple = ()
+    tools: list | None = None
 
     @property
     def is_chat(self):
         return not is_text(self.prompt)
 
 
-def load_rows(sources, split, objective, template=None, attributes=None, may_lack_rewards=False):
+def load_rows(sources, split, objective, template=None, attributes=None, may_lack_rewards=False, report=None):
     """Reads sources (names, hub ids, files) into TextRows that this objective can use, and a Report.
 
-    template puts a row's attributes into its prompt, laid over by `attributes`; see add_attributes.
-    may_lack_rewards: a pair without rewards that the objective needs has None, instead of being refused.
+    template goes around each prompt, with columns and attributes, laid over by `attributes`; see
+    fill_template. may_lack_rewards: a pair without rewards that the objective needs has None.
     """
-    rows, report, digest = [], Report(), hashlib.sha256()
+    rows, report, fields = [], report or Report(), {*FIELD.findall(template or "")}
+    fields |= {"attributes"} if fields - {"prompt"} else set()  # where a field may come from
     columns = [name for name in objective.columns if name not in COMPUTED_COLUMNS]
     for where, source in itertools.chain.from_iterable(load_source(name, split, objective.reads_pairs)
                                                        for name in as_list(sources)):
         report.rows += 1
         try:
-            row = read_row(source, where, objective.reads_pairs, columns, may_lack_rewards)
+            row = read_row(source, where, objective.reads_pairs, columns, may_lack_rewards, report, fields)
+            if template is not None:
+                prompt = fill_template(row.prompt, template, source, attributes or {}, where)
+                row = replace(row, prompt=prompt)
+            texts = json.dumps([row.prompt, row.responses, row.columns, *filter(None, [row.tools])],
+                               ensure_ascii=False)
+            if re.search(f"[{GUARD}-{WRITTEN}]", texts):
+                raise Dropped("it holds one of U+FDD0 to U+FDD3, which are no characters")
+            report.digest.update(texts.encode())
+            rows.append(row)
         except Dropped as reason:
             report.drop(reason, where)
-            continue
-        if template is not None:
-            row = add_attributes(row, template, source.get("attributes"), attributes or {})
-        report.unused_attributes += isinstance(source.get("attributes"), dict) and template is None
-        rows.append(row)
-        try:
-            digest.update(json.dumps([row.prompt, row.responses, row.columns], ensure_ascii=False).encode())
         except UnicodeEncodeError as error:
             raise InputError(f"{where} holds half a character, which is no text: {error}") from error
-    report.fingerprint = digest.hexdigest()
     return rows, report
 
 
-def read_row(row, where, pairs, columns=(), may_lack_rewards=False):
+def read_row(row, where, pairs, columns=(), may_lack_rewards=False, report=None, read=()) -> TextRow:
     """A dataset row of any shape in SHAPES, by the columns that the objective reads alone.
 
-    may_lack_rewards: if neither reward is there, both are None. Raises Dropped for a row that cannot be
-    trained on, InputError for one that is malformed.
+    may_lack_rewards: if neither reward is there, both are None. read: columns that a template reads. Raises
+    Dropped for a row that cannot be trained on, InputError for one that is malformed.
     """
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is {type(row).__name__}, not an object with named columns")
-    shapes = {tuple(filter(None, shape if pairs else shape[:2])): shape
-              for shape in SHAPES if shape[2] or not pairs}
-    needed = next((names for names in shapes if all(row.get(name) is not None for name in names)), None)
-    if needed is None:
-        wanted = "; or ".join(map(", ".join, shapes))
-        present = ", ".join(str(name) for name, value in row.items() if value is not None)
-        raise InputError(f"{where} has values in the columns {present}; this objective needs {wanted}")
-    more = ("input",) if needed[0] == "instruction" and row.get("input") is not None else ()
-    for name in needed + more:
-        if not is_text(row[name]) and not (is_conversation(row[name]) and name != "input"):
-            value = json.dumps(row[name], default=str)[:60]
-            raise InputError(f"{where}: column {name} is {value}; it must be text, or a list of messages "
-                             "with text for role and content")
-    shape = shapes[needed]
-    prompt = row[shape[0]] if shape[0] else None
-    answers = [row[name] for name in shape[1:] if name in needed]
+    report = report or Report()
+    prompt_name, *names = shape_of(row, where, pairs)
+    if not pairs and str(row.get("label")).lower() == "false":
+        raise Dropped("its label is false: it is no example of what to say")
+    prompt = prompt_name and read_cell(row, prompt_name, where, report)
+    answers = [read_cell(row, name, where, report) for name in names]
     if len(set(map(type, answers))) > 1:
-        raise InputError(f"{where}: {shape[1]} and {shape[2]} must both be text or both be lists of messages")
-    if shape[0] == "instruction" and is_text(prompt):
-        prompt += f"\n\n{row['input']}\n\n" if row.get("input") else "\n\n"
-    if prompt is None and shape[1] != "messages" and is_text(answers[0]):
-        prompt, answers = split_transcript(*answers)
-    elif not is_text(answers[0]) or not is_text(prompt):
-        prompt, answers = split_conversations(prompt, answers)
-    for name, answer in zip(shape[1:], answers):
-        if not (answer if is_text(answer) else answer["content"]).strip():
+        raise InputError(f"{where}: {names[0]} and {names[1]} must both be text or both be lists of messages")
+    read, earlier = {prompt_name, *names, *read}, ()
+    if prompt_name == "instruction" and is_text(prompt):
+        more = row.get("input") or ""
+        if not is_text(more):
+            more = json.dumps(more, default=str)[:60]
+            raise InputError(f"{where}: column input is {more}; it must be text")
+        prompt += "\n\n" + (more and more + "\n\n")
+        read.add("input")
+
+    # Plain text is a prompt and what follows it; else the answers are the assistant's last messages.
+    is_plain = is_text(answers[0]) and (prompt is None or is_text(prompt))
+    if is_plain and prompt is None:
+        prompt, answers = split_transcript(row, names[0], *answers)
+    elif not is_plain:
+        prompt, answers, earlier = split_conversations(prompt, answers, names[0], row.get("system"), report)
+        read |= {"tools"} | ({"system"} if prompt[0]["content"] == row.get("system") else set())
+    for name, answer in zip(names, answers):
+        said, calls = (answer, None) if is_plain else (answer["content"], answer.get("tool_calls"))
+        if not said.strip() and not calls:
             raise Dropped(f"{name} is white space only")
     if pairs and answers[0] == answers[1]:
-        raise Dropped(f"{shape[1]} and {shape[2]} are equal")
+        raise Dropped(f"{names[0]} and {names[1]} are equal")
+    report.note_unread(row, read)
     lacking = may_lack_rewards and all(row.get(name) is None for reward in REWARDS
                                        for name in (reward, COLUMN_ALIASES[reward]))
     return TextRow(where, prompt, tuple(answers),
                    {name: None if lacking and name in REWARDS else read_number(row, where, name)
-                    for name in columns})
+                    for name in columns}, earlier, None if is_plain else read_tools(row, where))
 
 
-def is_text(value):
-    return isinstance(value, str)
+def shape_of(row, where, pairs):
+    """The first of SHAPES that the row fits and that suffices: the prompt's column or None, the answers'."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is {type(row).__name__}, not an object with named columns")
+    shapes = [[name for name in shape if name or name is shape[0]] if pairs else shape[:2]
+              for shape in SHAPES if shape[2] or not pairs]
+    for shape in shapes:
+        if all(row.get(name) is not None for name in shape if name):
+            return shape
+    wanted = "; or ".join(dict.fromkeys(", ".join(filter(None, shape)) for shape in shapes))
+    present = ", ".join(str(name) for name, value in row.items() if value is not None)
+    raise InputError(f"{where} has values in the columns {present}; this objective needs {wanted}")
 
 
-def is_conversation(value):
-    return isinstance(value, list) and len(value) > 0 and all(
-        isinstance(message, dict) and is_text(message.get("role")) and is_text(message.get("content"))
-        for message in value)
+def read_cell(row, name, where, report):
+    """The text in a column, or its messages in one form."""
+    value = row[name]
+    if is_text(value):
+        with contextlib.suppress(ValueError, RecursionError):
+            if value.startswith("[{") and json.loads(value):
+                report.note(f"have JSON in {name}, which is read as the text that it is")
+        return value
+    if value == [] and name != "prompt":
+        raise Dropped(f"{name} is empty")
+    if isinstance(value, list):
+        return read_messages(value, f"{where}: column {name}")
+    value = json.dumps(value, default=str)[:60]
+    raise InputError(f"{where}: column {name} is {value}; it must be text, or a list of messages with text "
+                     "for role and content")
 
 
-def split_transcript(chosen, rejected=None):
-    """HH: the prompt is `chosen` up to and including its last Assistant marker."""
+def split_transcript(row, name, chosen, rejected=None):
+    """HH: the prompt is `chosen` up to and including its last Assistant marker. name: its column."""
     prompt = chosen[:chosen.rfind(ASSISTANT) + len(ASSISTANT)]
     if ASSISTANT not in chosen:
-        raise Dropped(f"chosen has no {ASSISTANT!r}, where the prompt would end")
+        raise Dropped(f"{name} has no {ASSISTANT!r}, where the prompt would end, and no column prompt stands "
+                      f"beside it in {', '.join(map(str, row))}")
     if rejected is None:
         return prompt, [chosen[len(prompt):]]
     if not rejected.startswith(prompt):
         raise Dropped("rejected does not start with the prompt of chosen")
     return prompt, [chosen[len(prompt):], rejected[len(prompt):]]
-
-
-def split_conversations(prompt, answers):
-    """Chats: the prompt is the messages before the last assistant turn; later turns are not answers.
-
-    An answer that is text or one message follows `prompt`; a longer one is the whole conversation.
-    """
-    start = [{"role": "user", "content": prompt}] if is_text(prompt) else prompt or []
-    prompts, messages = [], []
-    for answer in answers:
-        if is_text(answer):
-            answer = [{"role": "assistant", "content": answer}]
-        turns = answer if len(answer) > 1 else start + answer
-        last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-        if last == 0:
-            raise Dropped("the conversation has no assistant turn after a prompt")
-        prompts.append(turns[:last])
-        messages.append(turns[last])
-    if prompts[0] != prompts[-1]:
-        raise Dropped("rejected does not start with the prompt of chosen")
-    return prompts[0], messages
-
-
-def add_attributes(row, template, attributes, more):
-    """The TextRow with its attributes, a mapping, in its prompt; in a chat in the prompt's last message.
-
-    template: "{prompt}" stands for that text, "{attributes}" for all as name:value,name:value, and "{name}"
-    for one (SteerLM, arXiv:2310.05344). more: values that go before the row's own.
-    """
-    if not isinstance(attributes or {}, dict):
-        value = json.dumps(attributes, default=str)[:60]
-        raise InputError(f"{row.where}: column attributes is {value}; it must map names to values")
-    values = {name: value for name, value in ((attributes or {}) | more).items() if value is not None}
-    for name, value in values.items():
-        if name in ("prompt", "attributes") or not isinstance(value, str | int | float):
-            value = json.dumps(value)[:60]
-            raise InputError(f"{row.where}: the attribute {name} is {value}; it must be text or a number, "
-                             "under another name than prompt and attributes")
-    unknown = sorted(more.keys() - attributes.keys()) if attributes else []
-    if unknown:
-        raise InputError(f"sample_attributes.{unknown[0]} is no attribute of {row.where}, which has "
-                         f"{', '.join(attributes)}")
-    absent = sorted(set(FIELD.findall(template)) - {"prompt", "attributes", *values})
-    if absent or not values:
-        raise InputError(f"{row.where} has no {absent[0] if absent else 'value'} in its column attributes, "
-                         "which attribute_template needs: add it, or change the template")
-    everything = ",".join(f"{name}:{value}" for name, value in values.items())
-    values |= {"attributes": everything, "prompt": row.prompt[-1]["content"] if row.is_chat else row.prompt}
-    text = FIELD.sub(lambda field: str(values[field[1]]), template)
-    prompt = [*row.prompt[:-1], row.prompt[-1] | {"content": text}] if row.is_chat else text
-    return replace(row, prompt=prompt)
 
 
 def read_number(row, where, name):
@@ -366,110 +369,126 @@ def read_number(row, where, name):
     return number
 
 
-# ---------------------------------------------------------------- tokens
+# ---------------------------------------------------------------- tokens: one rendering, cut
 
 
-def encode(rows, report, tokenizer, config, end_ids, limit=None) -> list[Example]:
-    """TextRows to Examples, in order, at most `limit`; `report` counts the used, the cut and the dropped."""
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    examples = []
-    for start in progress(range(0, len(rows), 1000), "tokenizing, 1,000 rows at a time"):
-        chunk = rows[start:start + 1000]
-        plain = iter(encode_plain([row for row in chunk if not row.is_chat], tokenizer, end_ids))
-        for row in chunk:
-            if len(examples) == limit:
-                return examples
-            try:
-                ids = encode_chat(row, tokenizer, end_ids, special) if row.is_chat else next(plain)
-                prompt, responses, was_cut = truncated(*ids, tokenizer, config)
-            except Dropped as reason:
-                report.drop(reason, row.where)
-                continue
-            report.used += 1
-            report.cut += was_cut
-            examples.append(Example(row.where, np.array(prompt, np.int32),
-                                    tuple(np.array(ids, np.int32) for ids in responses), row.columns))
-    return examples
+class Encoder:
+    """Makes Examples of TextRows: each is rendered whole, and cut where its prompt and its answers end.
 
-
-def encode_plain(rows, tokenizer, end_ids):
-    """[(prompt ids, [response ids])]: tokenised apart, special tokens as text, each response ended."""
-    if not rows:
-        return []
-    texts = [text for row in rows for text in (row.prompt, *row.responses)]
-    ids = iter(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    return [(next(ids), [next(ids) + end_ids[:1] for _ in row.responses]) for row in rows]
-
-
-def encode_chat(row, tokenizer, end_ids, special):
-    """The prompt as the chat template renders it, and for each answer what the template adds to that.
-
-    A response goes to its last end token; one is appended where there is none. special: text -> id of the
-    tokens that the template may use and that a message may not: there they are encoded as text.
-    Returns prompt ids and [response ids]. Raises Dropped for what the template cannot render.
+    end_ids: the tokens that end a response. today: the date for chat templates.
     """
-    if tokenizer.chat_template is None:
-        raise InputError(f"{row.where} is a list of messages, but the tokenizer has no chat template: choose "
-                         "a tokenizer with one (tokenizer=...), or give prompt and response as text")
 
-    text = "".join(message["content"] for message in [*row.prompt, *row.responses])
-    guard = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+    def __init__(self, tokenizer, config, end_ids, today):
+        self.config, self.end_ids, self.begin_id = config, end_ids, tokenizer.bos_token_id
+        self.chats = ChatTemplate(tokenizer, end_ids, datetime.date.fromisoformat(today),
+                                  config.chat_template_kwargs, config.content_tokens or ())
+        self.cutter = TokenCutter(tokenizer, self.chats)
+        special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
-    def render(messages, **options):
-        shielded = [message | {"content": shield(message["content"], special, guard)} for message in messages]
+    def examples(self, rows, report, train_on="last_answer", to_the_end=False, limit=None) -> list[Example]:
+        """The rows' Examples, in order, at most `limit`; the report counts the used, the cut and the dropped.
+
+        train_on: `last_answer`, `answers` (those before it too) or `everything`. to_the_end: responses of
+        chats go to the end of the rendering, and so they do with `everything`.
+        """
+        to_the_end = to_the_end or train_on == "everything"
+
+        def made():
+            for start in progress(range(0, len(rows), 1000), "tokenizing, 1,000 rows at a time"):
+                chunk = rows[start:start + 1000]
+                renderings = [(row, *self.render(row, train_on == "answers")) for row in chunk]
+                encodings = iter(self.cutter.encode_batch(
+                    [text[part_read(k, text, cuts):] for _, parts, *_ in renderings
+                     for k, (text, cuts) in enumerate(parts)]))
+                for row, parts, notes, reason in renderings:
+                    parts = [(text, cuts, next(encodings)) for text, cuts in parts]
+                    try:
+                        if reason:
+                            raise reason
+                        cut = list(self.cutter.cut_alike(parts))
+                        yield self.example(row, cut, train_on, to_the_end, report)
+                        report.notes.update(notes)
+                    except Dropped as dropped:
+                        report.drop(dropped, row.where)
+        return list(itertools.islice(made(), limit))
+
+    def render(self, row, with_earlier):
+        """([(the row's whole text with a response, the places in it where answers begin and end, the response
+        last)], what is to be noted of the row, why it is dropped or None)."""
+        if not row.is_chat:
+            is_special = any(map(self.special.search, (row.prompt, *row.responses)))
+            notes = {"hold special tokens in plain text, which are read as tokens"} if is_special else set()
+            return [(row.prompt + text, [len(row.prompt), len(row.prompt + text)])
+                    for text in row.responses], notes, None
+        places, parts, notes = [*(row.answers if with_earlier else ()), len(row.prompt)], [], set()
         try:
-            return tokenizer.apply_chat_template(shielded, tokenize=False, **options)
-        except jinja2.TemplateError as error:
-            raise Dropped(f"the chat template refuses it: {error}") from error
+            for answer in row.responses:
+                messages = [*row.prompt, answer]
+                text = self.chats.render(messages, row.tools)
+                self.chats.check_written(messages, row.tools, text, notes)
+                parts.append((text, [self.chats.find_answer(messages, i, text, row.tools, notes)
+                                     for i in places]))
+            start = min(spans[-1][0] for _, spans in parts)  # what both have of the prompt
+            if len({text[:start] for text, _ in parts}) > 1:
+                raise Dropped("the chat template renders the prompt otherwise when an answer follows")
+        except Dropped as reason:
+            return [], notes, reason
+        parts = [(text, [*itertools.chain(*spans[:-1]), start, spans[-1][1]]) for text, spans in parts]
+        return parts, notes, None
 
-    prompt = render(row.prompt, add_generation_prompt=True)
-    texts = [prompt]
-    for answer in row.responses:
-        whole = render([*row.prompt, answer])
-        if not whole.startswith(prompt):
-            raise Dropped("the chat template renders the prompt otherwise when an answer follows")
-        texts.append(whole[len(prompt):])
-    prompt, *responses = [encode_rendered(text, tokenizer, special, guard) for text in texts]
-    for i, ids in enumerate(responses):
-        end = max((at + 1 for at, token in enumerate(ids) if token in end_ids), default=0)
-        responses[i] = ids[:end] if end else ids + end_ids[:1]
-    return prompt, responses
+    def example(self, row, cut, train_on, to_the_end, report) -> Example:
+        """An Example of (ids, tokens at which the row's answers begin and end) with each response."""
+        config, responses = self.config, []
+        for ids, (*_, start, stop) in cut:
+            if start == stop:
+                raise Dropped("a response has no tokens")
+            end = [] if ids[stop - 1] in self.end_ids else self.end_ids[:1]
+            responses.append(ids[start:stop] + end + (ids[stop:] if to_the_end else []))
+        ids, (*earlier, start, stop) = cut[0]
+        prompt, after = ids[:start], ids[stop:]
+        if any(ids[:places[-2]] != prompt for ids, places in cut):
+            raise Dropped("the prompt's tokens depend on what follows them")
+        begin = [self.begin_id] if config.add_bos and prompt[:1] != [self.begin_id] else []
 
+        # Cut to max_length: first the prompt, then the responses.
+        kept = range(len(prompt))
+        is_too_long = len(begin) + len(prompt) + max(map(len, responses)) > config.max_length
+        if is_too_long and config.truncation == "drop":
+            raise Dropped(f"longer than max_length={config.max_length} tokens")
+        if is_too_long:
+            kept = self.kept(row, prompt, config.max_prompt_length - len(begin))
+        room = config.max_length - len(begin) - len(kept)
+        is_whole = max(map(len, responses)) + len(after) <= room
+        responses = [ids[:room] for ids in responses]
+        if len(responses) == 2 and responses[0] == responses[1]:
+            raise Dropped("the two responses are equal in tokens" + " after truncation" * is_too_long)
 
-def shield(text, special, guard):
-    """Puts guard, a character that is not in the text, inside the special tokens that stand there as text."""
-    for token in special:
-        text = text.replace(token, token[0] + guard + token[1:])
-    return text
+        # What counts of the prompt: all, or the earlier answers that did not lose their beginning. From the
+        # first token that counts on it is response, but something has to stand before it.
+        counting = {i for first, last in zip(earlier[::2], earlier[1::2]) if first in kept
+                    for i in range(first, last)}
+        counting = range(len(prompt)) if train_on == "everything" else counting
+        ids = begin + (prompt if len(kept) == len(prompt) else [prompt[i] for i in kept])
+        weights = [0] * len(begin) + [int(i in counting) for i in kept] if counting else []
+        first = next((i for i in range(1, len(weights)) if weights[i]), len(ids))
+        if first == 0:
+            raise Dropped("the prompt is empty, so nothing predicts the first token (add_bos=true does)")
+        report.used += 1
+        report.cut += is_too_long
+        arrays = [np.array(ids[first:] + response, np.int32) for response in responses]
+        weights = None if first == len(ids) else (
+            np.array(weights[first:] + [1] * len(responses[0]), np.float32),)
+        return Example(row.where, np.array(ids[:first], np.int32), tuple(arrays), row.columns, weights,
+                       np.array(after, np.int32), is_whole)
 
-
-def encode_rendered(text, tokenizer, special, guard):
-    """A rendered chat to ids, as the tokenizer does it, but with shielded special tokens as text."""
-    if guard not in text:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-    ids = []
-    for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
-        plain = part.replace(guard, "")
-        ids += [special[part]] if part in special else tokenizer(
-            plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids
-
-
-def truncated(prompt, responses, tokenizer, config):
-    """Adds the begin token (`add_bos`) and cuts by `truncation` what does not fit `max_length` tokens.
-
-    Returns prompt, responses and whether anything was cut. Raises Dropped if nothing is left to train on.
-    """
-    bos = [tokenizer.bos_token_id] if config.add_bos and prompt[:1] != [tokenizer.bos_token_id] else []
-    is_too_long = len(bos) + len(prompt) + max(map(len, responses)) > config.max_length
-    if is_too_long and config.truncation == "drop":
-        raise Dropped(f"longer than max_length={config.max_length} tokens")
-    if is_too_long:
-        kept = config.max_prompt_length - len(bos)
-        prompt = prompt[max(0, len(prompt) - kept):] if config.truncation == "keep_end" else prompt[:kept]
-        responses = [ids[:config.max_length - len(bos) - len(prompt)] for ids in responses]
-    if not bos + prompt:
-        raise Dropped("the prompt is empty, so nothing predicts the first token (add_bos=true gives it one)")
-    if len(responses) == 2 and responses[0] == responses[1]:
-        raise Dropped("the two responses are equal in tokens" + (" after truncation" if is_too_long else ""))
-    return bos + prompt, responses, is_too_long
+    def kept(self, row, prompt, number):
+        """Which of the prompt's tokens stay, where so many may: a begin token and the answer's header do."""
+        if number >= len(prompt):
+            return range(len(prompt))
+        if self.config.truncation == "keep_end":
+            num_first = int(prompt[:1] == [self.begin_id])
+        else:
+            header = self.chats.header(row.prompt, row.tools) if row.is_chat else ""
+            num_first = number - min(number, len(self.cutter.encode(header).ids))
+        return [*range(num_first), *range(len(prompt) - number + num_first, len(prompt))]

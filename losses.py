@@ -156,15 +156,16 @@ def kd_loss(policy_logits, reference_logits, targets,
     The reference is the teacher. The names are NeMo-Aligner's, which in RPO's go the other way round.
     Both distributions are softmax(logits / temperature); the loss is that KL itself, without Hinton's factor
     of temperature^2, so its gradient shrinks as the temperature grows. sft_weight adds that many times
-    -log pi(target) at temperature 1.
+    -log pi(target) at temperature 1. Of vocabularies of two sizes the KL is over the tokens of both.
     logits: (N, V) float. targets: (N,) int64, the data's tokens. Returns losses (N,), in nats, and metrics
     (N,). Raises ValueError if temperature <= 0, sft_weight < 0 or the divergence is unknown.
     """
     check(temperature > 0, "temperature", temperature, "above 0")
     check(sft_weight >= 0, "sft_weight", sft_weight, "at least 0")
     check(divergence in ("fwd_kl", "bwd_kl"), "divergence", divergence, "fwd_kl or bwd_kl")
-    policy = (policy_logits / temperature).log_softmax(-1)
-    reference = (reference_logits / temperature).log_softmax(-1)
+    width = min(policy_logits.shape[-1], reference_logits.shape[-1])  # embeddings may be padded beyond
+    policy = (policy_logits[:, :width] / temperature).log_softmax(-1)
+    reference = (reference_logits[:, :width] / temperature).log_softmax(-1)
     p, q = (reference, policy) if divergence == "fwd_kl" else (policy, reference)
     losses = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # torch's KL(p || q)
     if sft_weight == 0:
@@ -247,7 +248,7 @@ class Objective:
     def denominator(self, examples) -> int:
         """What the sum of a global batch's losses is divided by."""
         if self.average == "tokens":
-            return sum(len(response) for example in examples for response in example.responses)
+            return sum(length for example in examples for length in example.lengths)
         return len(examples)
 
 

@@ -62,7 +62,7 @@ class Trainer:
         self.policy = shard(policy, config).train()
         self.reference = reference and shard(reference, config).eval().requires_grad_(False)
         self.reward_model = reward_model and shard(reward_model, config).eval().requires_grad_(False)
-        self.fingerprints = {"data": run_data.fingerprint,
+        self.fingerprints = {**run_data.fingerprints,
                              "reference": self.reference and fingerprint(self.reference),
                              "reward_model": self.reward_model and fingerprint(self.reward_model)}
         models = self.policy, self.reference
@@ -215,10 +215,17 @@ class Trainer:
     def evaluate(self):
         """Metrics over the held-out examples, then samples; changes neither weights nor random state."""
         self.policy.eval()
-        examples, sums = self.data.eval_examples, {}
-        for batch in self.batcher.eval_share(examples, "evaluating"):
-            add_to_sums(sums, batch, *self.compute_losses(batch, self.eval_objective))
-        metrics = mean_metrics(sums, self.eval_objective, examples)
+        objective, sums, by_source = self.eval_objective, {}, {}
+        for source, examples in self.data.eval_sources.items():
+            own = {}
+            for batch in self.batcher.eval_share(examples, "evaluating"):
+                add_to_sums(own, batch, *self.compute_losses(batch, objective))
+            by_source[source] = mean_metrics(own, objective, examples)
+            sums = {name: sums.get(name, 0) + total for name, total in own.items()}
+        metrics = mean_metrics(sums, objective, self.data.eval_examples)
+        if len(by_source) > 1:
+            metrics |= {f"{name}/{source}": value
+                        for source, own in by_source.items() for name, value in own.items()}
         if self.data.sample_examples:
             metrics |= self.sample()
         self.policy.train()
@@ -293,7 +300,8 @@ class Trainer:
         for start in range(0, len(rows), 10_000):
             cache.fill_in(rows[start:start + 10_000], fixed)
         evaluates = config.eval_every > 0 or self.max_steps == 0
-        cache.fill_in(self.data.eval_examples if evaluates else [], self.batcher)
+        for examples in self.data.eval_sources.values() if evaluates else ():
+            cache.fill_in(examples, self.batcher)
         cache.report()
         if rows or self.max_steps == 0:  # all its numbers are known
             is_sampled = evaluates and len(self.data.sample_examples) > 0
@@ -378,6 +386,7 @@ class Trainer:
     def save(self):
         """Saves all that a resume needs as step-<step>; spares what self-play's opponent needs."""
         state = {name: getattr(self, name) for name in COUNTERS} | self.fingerprints
+        state |= {"began": self.data.began, "prompt_template": self.config.prompt_template}
         spared = self.first_step if self.objective.self_play else None
         self.checkpoints.save(self.policy, self.optimizer, state, spared)
         self.saved_step = self.step
@@ -386,7 +395,8 @@ class Trainer:
         """Takes up a checkpoint's optimizer, counters and random state. Raises InputError if it may not."""
         state = read_state(checkpoint)
         for what, now in self.fingerprints.items():
-            if state[what] != now:
+            if state[what] not in (now, None):
+                what = "tokenizer or chat template" if what == "tokens" else what
                 raise InputError(f"the {what} is not what this run began with: put it back, or start anew")
         for name in COUNTERS:
             setattr(self, name, state[name])

@@ -1,9 +1,10 @@
 """How do token ids become a batch? Examples -> microbatches -> collate -> Batch; each rank has its share."""
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,12 +21,43 @@ class Example:
     """Token ids of one row, as int32 arrays, responses with their end token unless it was cut off.
 
     columns: numbers of the data, and what a reference or reward model has said of the responses.
+    prompt: what stands before the first token that counts. token_weights: of each response float32, one for
+    each token: 0 for context between answers. None: all 1. after: ids that a chat template writes after a
+    response, where reward models are read. is_whole: whether no response is cut, and there is room for these.
     """
 
     where: str
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     columns: dict[str, float]
+    token_weights: tuple[np.ndarray, ...] | None = None
+    after: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    is_whole: bool = True
+
+    def weights(self, k):
+        """Response k's token weights."""
+        if self.token_weights is None:
+            return np.ones(len(self.responses[k]), np.float32)
+        return self.token_weights[k]
+
+    @property
+    def lengths(self):
+        """Tokens of each response that count."""
+        return tuple(map(np.count_nonzero, self.token_weights)) if self.token_weights else (
+            tuple(map(len, self.responses)))
+
+    def rendered(self):
+        """The same without columns, its responses to the end of the chat template's rendering if they fit."""
+        responses = tuple(np.append(ids, self.after) for ids in self.responses)
+        return replace(self, columns={}, responses=responses if self.is_whole else self.responses)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """sha256 of the ids and weights."""
+        digest = hashlib.sha256()
+        for part in (self.prompt, *self.responses, *(self.token_weights or ()), self.after):
+            digest.update(len(part).to_bytes(4) + part.tobytes())
+        return digest.digest()
 
     @property
     def num_tokens(self):
@@ -142,9 +174,11 @@ class Batch:
     segments: (R, T) int64, a number for each prompt and each response, -1 for padding.
     prompts: (R, T) int64, the segment of each token's prompt: a token sees that and its own segment. Both are
     None where each row is one response, which a causal model sees so by itself.
-    states: (N,) int64, for each of N response tokens the place in R * T of the token that predicts it.
+    states: (N,) int64, for each of N response tokens that count, the place in R * T of the token before it,
+    which predicts it.
     targets: (N,) int64, those tokens, response after response, all chosen before all rejected.
-    lengths, ends: (K * B,) int64, the responses' tokens, and the place of each one's last token.
+    token_weights: (N,) float32, how much each counts.
+    lengths, ends: (K * B,) int64, how many of a response's tokens count, and the place of its last one.
     columns: name -> (B,) float.
     is_idle: whether it is there only to keep pace with other ranks, and its numbers count nowhere.
 
@@ -165,6 +199,7 @@ class Batch:
     prompts: torch.Tensor | None
     states: torch.Tensor
     targets: torch.Tensor
+    token_weights: torch.Tensor
     lengths: torch.Tensor
     ends: torch.Tensor
     columns: dict[str, torch.Tensor]
@@ -207,12 +242,15 @@ def collate(examples: list[Example], dtype=torch.float32, layout=SEPARATE) -> Ba
                     states[number] = r * width + np.append(last, np.arange(at, at + len(ids) - 1))
                     ends[number] = r * width + at + len(ids) - 1
                 at, segment = at + len(ids), segment + 1
-    answers = [example.responses[k] for k in range(num_responses) for example in examples]
+    answers = [(x.responses[k], x.weights(k)) for k in range(num_responses) for x in examples]
+    counted = [np.flatnonzero(weights) for _, weights in answers]
     columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
-    columns |= dict(zip(COMPUTED_COLUMNS, zip(*(map(len, example.responses) for example in examples))))
+    columns |= dict(zip(COMPUTED_COLUMNS, zip(*(example.lengths for example in examples))))
     tensors = (input_ids, positions, *((segments, prompts) if layout.shared else (None, None)),
-               np.concatenate(states), np.concatenate(answers).astype(np.int64),
-               np.array([len(ids) for ids in answers]), np.array(ends))
+               np.concatenate([places[at] for places, at in zip(states, counted)]),
+               np.concatenate([ids[at] for (ids, _), at in zip(answers, counted)]).astype(np.int64),
+               np.concatenate([weights[at] for (_, weights), at in zip(answers, counted)]),
+               np.array([len(at) for at in counted]), np.array(ends))
     return Batch(list(examples), *(x if x is None else torch.from_numpy(x) for x in tensors),
                  {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()})
 

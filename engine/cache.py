@@ -6,7 +6,6 @@ import os
 import secrets
 import tempfile
 import time
-from dataclasses import replace
 
 import torch
 from safetensors import safe_open
@@ -109,7 +108,7 @@ def score_or_read(examples: list[Example], folder: RunFolder, fingerprint: str, 
     kept = folder.rewind("rewards.jsonl", lambda line: {"key", *REWARDS} <= line.keys())
     known = {line["key"]: line for line in kept}
     for start in progress(range(0, len(examples), 1000), "rewards, 1,000 pairs at a time"):
-        part = [replace(example, columns={}) for example in examples[start:start + 1000]]
+        part = [example.rendered() for example in examples[start:start + 1000]]
         keys = [hashlib.sha256(b"|".join([fingerprint.encode(), *(ids.tobytes() for ids in (
             example.prompt, *example.responses))])).hexdigest() for example in part]
         if not known.keys() >= set(keys):

@@ -26,7 +26,7 @@ from engine.models import check_optimizer, make_optimizer
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process needs none
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
-FINGERPRINTS = ("data", "reference", "reward_model")  # what a resumed run must find unchanged
+FINGERPRINTS = ("data", "tokens", "reference", "reward_model")  # what a resumed run must find unchanged
 
 
 # ---------------------------------------------------------------- a run's folder, and nobody else in it
@@ -388,11 +388,17 @@ def read_state(checkpoint: str) -> dict:
                          "point LATEST at a whole one, or start a new run")
     try:
         with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
-            state = dict.fromkeys(COUNTERS[2:], 0) | {"reward_model": None} | json.load(file)
-        return {name: state[name] for name in COUNTERS + FINGERPRINTS}
+            absent = dict.fromkeys(COUNTERS[2:], 0) | dict.fromkeys(("reward_model", "tokens", "began"))
+            state = absent | json.load(file)
+        return {name: state[name] for name in (*COUNTERS, *FINGERPRINTS, "began")}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"checkpoint {checkpoint} is damaged, its state.json is not whole: point LATEST at "
                          "another one, or start a new run") from error
+
+
+def read_began(checkpoint: str | None) -> str | None:
+    """The date on which a checkpoint's run began, as 2026-11-25; None where it does not say, or is none."""
+    return checkpoint and read_state(checkpoint)["began"]
 
 
 def restore_state(checkpoint, step, policy, optimizer, config):

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import functools
+import glob
 import math
 import os
 import re
@@ -15,7 +16,8 @@ from engine import InputError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCHEMA = os.path.join(ROOT, "config.yaml")
 PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
-FIELD = re.compile(r"\{([^{}]+)\}")  # in an attribute_template
+FIELD = re.compile(r"\{([^{}]+)\}")  # in a prompt_template
+FORMER = {"attribute_template": "prompt_template"}
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
@@ -68,7 +70,7 @@ def read_arguments(arguments: list[str]) -> dict:
         if name and rules.get(parent) == "mapping":
             given[parent] = given.get(parent, {}) | {name: parse(text, "")}
         else:
-            given |= flatten({key: parse(text, rules.get(key, ""))}, rules)
+            given |= flatten({key: parse(text, rules.get(FORMER.get(key, key), ""))}, rules)
     return given
 
 
@@ -123,6 +125,10 @@ def flatten(settings, rules, prefix=""):
     flat = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
+        if key in FORMER and value is None:
+            continue  # as a run's config.yaml had it
+        if key in FORMER:
+            raise InputError(f"{key} is called {FORMER[key]} now: give it under that name")
         if key in rules:
             if not any(fits(value, rule) for rule in rules[key].split(" or ")):
                 raise InputError(f"{key}={value!r} is not allowed: it must be {rules[key]}")
@@ -165,7 +171,7 @@ def as_namespace(flat, datasets):
     datasets: names that are no paths.
     """
     def resolve(path):
-        is_name = path in (None, "tiny", *datasets) or not os.path.exists(path)
+        is_name = path in (None, "tiny", *datasets) or not (os.path.exists(path) or glob.glob(path))
         return path if is_name else os.path.realpath(path)
 
     config = types.SimpleNamespace()
@@ -233,15 +239,14 @@ def check_models(config, objective):
 
 
 def check_template(config):
-    """Raises InputError if attribute_template is malformed or does not read sample_attributes."""
-    template, given = config.attribute_template, config.sample_attributes
+    """Raises InputError if prompt_template is malformed or does not read sample_attributes."""
+    template, given = config.prompt_template, config.sample_attributes
     fields = set(FIELD.findall(template or ""))
-    if template is not None and ("prompt" not in fields or len(fields) == 1
-                                 or set("{}") & set(FIELD.sub("", template))):
-        raise InputError(f"attribute_template={template!r} must hold {{prompt}}, and {{attributes}} or an "
-                         "attribute's name in braces, and no other braces")
+    if template is not None and set("{}") & set(FIELD.sub("", template)):
+        raise InputError(f"prompt_template={template!r} has braces that hold no name: each pair must hold a "
+                         "column, an attribute, attributes or prompt")
     if {"prompt", "attributes"} & given.keys() or not all({name, "attributes"} & fields for name in given):
-        raise InputError(f"sample_attributes={given} are not read by attribute_template={template!r}: name "
+        raise InputError(f"sample_attributes={given} are not read by prompt_template={template!r}: name "
                          "them in it")
 
 

@@ -43,7 +43,8 @@ def token_logps(model: PreTrainedModel, batch: Batch, bf16=False) -> torch.Tenso
 
 
 def sum_over_responses(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Sums (K, B) over each response's tokens of values (N,), in a fixed order, on a GPU too."""
+    """Sums (K, B) over each response's tokens of values (N,), weighted, in a fixed order, on a GPU too."""
+    values = values * batch.token_weights
     sums = torch.segment_reduce(values, "sum", lengths=batch.lengths, unsafe=True)
     return sums.view(-1, len(batch.examples))
 
@@ -64,8 +65,7 @@ def read_tokens(function: Callable, models: list, batch: Batch, bf16=False) -> d
     def read_chunk(targets, *hidden):
         with autocast(bf16):
             logits = [as_float(run_head(*parts)) for parts in zip(models, outputs, hidden)]
-        width = min(x.shape[-1] for x in logits)  # embeddings are padded beyond the tokens that all have
-        values = function(*(x if x.shape[-1] == width else x[:, :width] for x in logits), targets)
+        values = function(*logits, targets)
         names[:] = values
         return tuple(values.values())  # a checkpoint passes no dict on
 
@@ -215,7 +215,7 @@ def why_not_shared(model, response_values, examples):
     def backwards(example, k):
         responses = list(example.responses)[:1] + [example.responses[-1]]
         responses[k] = responses[k][::-1].copy()
-        return dataclasses.replace(example, responses=tuple(responses), columns={})
+        return dataclasses.replace(example, responses=tuple(responses), columns={}, token_weights=None)
     ordered = sorted(examples, key=lambda example: example.num_tokens)
     pairs = [backwards(example, 1) for example in (ordered[-1], *ordered[:2])]
     others = [backwards(pair, 0) for pair in pairs[:2]] + pairs[2:]

@@ -127,7 +127,7 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
                 model = auto_class.from_config(model_config, **options)
         else:
             model, info = auto_class.from_pretrained(path, config=model_config, output_loading_info=True,
-                                                     **options)
+                                                     ignore_mismatched_sizes=True, **options)  # refused below
             check_loaded(info, head)
     if head and not hasattr(model, "score"):
         raise InputError(f"{path}, {model_config.model_type}, has no scalar head: choose another model")
@@ -138,6 +138,7 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
         model = model.to(device())
     if not blank and (num_ranks() == 1 or "flash" not in (config.attention or "")):  # not on a CPU
         check_causal(model, path)
+    model.get_input_embeddings().padding_idx = None  # or an end token that also pads would not learn
     if config.activation_checkpointing:
         with refusing(f"the model {path} with activation_checkpointing"):
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -148,6 +149,8 @@ def check_loaded(info, head):
     """Raises ValueError if what from_pretrained says of the weights is not what the head needs."""
     if not head and any(name.startswith("score.") for name in info["unexpected_keys"]):
         raise ValueError("it is a reward model, without a language model's head")
+    if head == "scores" and any("score.weight" in str(key) for key in info["mismatched_keys"]):
+        raise ValueError("it is a classifier of several labels, and a reward model has one score")
     absent = {*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])}
     if head == "scores" and "score.weight" in absent:
         raise ValueError("it is no reward model, it has no scalar head: train one by loss=rm")

@@ -1,40 +1,60 @@
 """What is printed? What became of the rows, the summary, progress, samples, failures, the closing table."""
 
+import hashlib
+import itertools
 import json
 import os
 import shlex
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from engine.distributed import from_all, num_ranks, rank
 
 
+# Columns that look like data.
+UNREAD = ("history", "context", "system", "tools", "images", "image", "videos", "video", "audios", "audio",
+          "documents", "instruction", "input", "question", "query", "definition", "attributes")
+
+
 @dataclass
 class Report:
-    """What became of a split's rows: how many were used, cut, and dropped, by reason and with places."""
+    """What became of rows: how many were used, cut, and dropped, by reason and with places; and notes."""
 
     rows: int = 0
+    what: str = "rows"
     used: int = 0
     cut: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> places ("train.jsonl line 87")
-    unused_attributes: int = 0  # rows with attributes that no template puts into their prompts
-    fingerprint: str = ""  # sha256 of the rows that could be read, in order
+    notes: Counter = field(default_factory=Counter)  # what is said of rows -> how many
+    digest: Any = field(default_factory=hashlib.sha256)  # of the texts of the rows that could be read
 
     def drop(self, reason, where):
         self.dropped.setdefault(str(reason), []).append(where)
+
+    def note(self, what):
+        self.notes[what] += 1
+
+    def note_unread(self, row: dict, read):
+        """Notes columns of a dataset's row that look like data, have a value, and are not read."""
+        for name in UNREAD:
+            if name not in read and row.get(name) not in (None, "", [], {}):
+                self.note(f"have a column {name}, which is not read")
 
     def lines(self):
         """The report as lines of text, for the summary."""
         num_dropped = sum(map(len, self.dropped.values()))
         unread = self.rows - self.used - num_dropped
-        yield (f"{self.used:,} of {self.rows:,} rows used, {num_dropped:,} dropped, {self.cut:,} cut to fit"
-               + (f", {unread:,} beyond what was asked for" if unread else ""))
+        yield (f"{self.used:,} of {self.rows:,} {self.what} used, {num_dropped:,} dropped, "
+               f"{self.cut:,} cut to fit" + (f", {unread:,} beyond what was asked for" if unread else ""))
         for reason, places in self.dropped.items():
             more = f" and {len(places) - 5:,} more" if len(places) > 5 else ""
             yield f"  dropped {len(places):,}: {reason} ({', '.join(places[:5])}{more})"
-        if self.unused_attributes:
-            yield f"  {self.unused_attributes:,} have attributes, unused: attribute_template is null"
+        for what, number in self.notes.items():
+            yield f"  {number:,} rows {what}"
 
 
 def print_summary(config, objective, run_data, policy, num_steps, resumed_at=None):
@@ -59,16 +79,52 @@ def print_summary(config, objective, run_data, policy, num_steps, resumed_at=Non
     settings = (name + "=" + json.dumps(value).strip('"') for name, value in block.items())
     lines.append(("loss", " ".join([config.loss, *settings])))
     for name, report in run_data.reports.items():
+        if name == "samples" and not report.rows:
+            continue
         first, *rest = report.lines() if report.rows else ["none, so no evaluation; eval_data= names one"]
         lines += [(name, first), *(("", line) for line in rest)]
     at_most = "at most " if objective.self_play else ""
     lines.append(("steps", f"{at_most}{num_steps:,} of {config.batch_size} examples; {num_tokens:,} tokens "
                            "in the data"))
-    tokenizer = run_data.tokenizer
-    if not config.add_bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        lines.append(("note", f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's "
-                              "prompts do not; if the model was trained so, set add_bos=true"))
+    lines += [("lengths", describe_lengths(run_data.train_examples)),
+              ("first", mark_answers(run_data.train_examples[0], run_data.tokenizer)),
+              *(("note", note) for note in notes_on_prompts(config, run_data))]
     print_lines(lines)
+
+
+def notes_on_prompts(config, run_data):
+    """What is to be said where prompts are probably not what the model knows."""
+    tokenizer, begin = run_data.tokenizer, run_data.tokenizer.bos_token_id
+    if run_data.train_examples[0].prompt[0] != begin and tokenizer("a")["input_ids"][:1] == [begin]:
+        yield (f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's prompts do not; if "
+               "the model was trained so, set add_bos=true")
+    path = os.path.join(config.model, "trainer_state", "state.json")
+    if os.path.isfile(path):
+        with open(path) as file:
+            before = json.load(file).get("prompt_template", config.prompt_template)
+        if before != config.prompt_template:
+            yield f"the model was trained with prompt_template={before!r}, and this run has another"
+
+
+def describe_lengths(examples):
+    """Median, 95% quantile and maximum of the tokens of rows, and of those that count of each response."""
+    parts = {"rows of": [example.row_length for example in examples],
+             "of a response count": [length for example in examples for length in example.lengths]}
+    return "; ".join(f"{name} " + ", ".join(f"{x:,.0f}" for x in np.quantile(lengths, (0.5, 0.95, 1)))
+                     for name, lengths in parts.items()) + " tokens (median, 95% below, longest)"
+
+
+def mark_answers(example, tokenizer):
+    """The example with its first response as text, [[what counts]] in brackets, long parts without middle."""
+    weights = np.append(np.zeros(len(example.prompt)), example.weights(0))
+    ids, at, parts = np.append(example.prompt, example.responses[0]), 0, []
+    for counts, group in itertools.groupby(weights > 0):
+        length = len([*group])
+        text = json.dumps(tokenizer.decode(ids[at:at + length]), ensure_ascii=False)[1:-1]
+        text = f"{text[:100]} ... {text[-100:]}" if len(text) > 250 else text
+        parts.append(f"[[{text}]]" if counts else text)
+        at += length
+    return "".join(parts)
 
 
 def print_lines(lines):

@@ -156,7 +156,10 @@ class Sampler:
                 scores[i] = {name: float(value) for name, value in known.items()}
         if self.reward_model:
             learned = functools.partial(response_scores, self.reward_model, bf16=self.bf16)
-            for known, (reward,) in zip(scores, self.values(learned, answers, "scoring samples")):
+            ended = [ids + example.after.tolist()[:self.positions - len(example.prompt) - len(ids)]
+                     if self.is_finished(ids) else ids
+                     for ids, example in zip(answers, self.examples)]  # to the end of a chat's rendering
+            for known, (reward,) in zip(scores, self.values(learned, ended, "scoring samples")):
                 if "reward" in known:
                     known["true_reward"] = known.pop("reward")
                 known["reward"] = reward
@@ -164,7 +167,7 @@ class Sampler:
 
     @torch.no_grad()
     def values(self, function, answers, title):
-        examples = [replace(example, responses=(np.array(ids, np.int32),), columns={})
+        examples = [replace(example, responses=(np.array(ids, np.int32),), columns={}, token_weights=None)
                     for example, ids in zip(self.examples, answers)]
         return self.batcher.values(function, examples, title)
 
@@ -224,7 +227,8 @@ class SelfPlay:
     def key(self, opponent: str, iteration: int) -> str:
         """Stands in every answer of an iteration: of another opponent or other sampling it is another."""
         parts = [self.block[name] for name in ("temperature", "top_p", "top_k", "max_tokens")]
-        parts += [self.config.max_length, self.config.seed, iteration, self.data.fingerprint, opponent]
+        data = self.data.fingerprints["data"]
+        parts += [self.config.max_length, self.config.seed, iteration, data, opponent]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def write_answers(self, model: PreTrainedModel, opponent: str, iteration: int):

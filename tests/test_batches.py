@@ -34,6 +34,7 @@ def test_collate_as_its_docstring_says():
     assert batch.input_ids.tolist() == [[5, 6, 7, 1, 0], [5, 6, 8, 9, 1]] and batch.segments is None
     assert batch.states.tolist() == [1, 2, 6, 7, 8] and batch.targets.tolist() == [7, 1, 8, 9, 1]
     assert batch.lengths.tolist() == [2, 3] and batch.ends.tolist() == [3, 9]
+    assert batch.token_weights.tolist() == [1, 1, 1, 1, 1] and batch.token_weights.dtype == torch.float32
     assert {name: column.tolist() for name, column in batch.columns.items()} == {
         "chosen_reward": [2.5], "chosen_length": [2.0], "rejected_length": [3.0]}
     assert {column.dtype for column in batch.columns.values()} == {torch.float32}
@@ -53,6 +54,20 @@ def test_collate_with_shared_prompts_as_its_docstring_says():
     assert batch.states.tolist() == [1, 2, 7, 10, 1, 4, 5, 7, 10]
     assert batch.targets.tolist() == [7, 1, 3, 3, 8, 9, 1, 2, 2]
     assert batch.lengths.tolist() == [2, 1, 1, 3, 1, 1] and batch.ends.tolist() == [3, 8, 11, 6, 9, 12]
+
+
+@pytest.mark.parametrize("layout", [SEPARATE, Layout(shared=True)])
+def test_tokens_that_do_not_count_are_context_only(layout):
+    """Of 7 1 5 9 1 and 3 the 5 is context: in the row, but nothing is predicted there."""
+    long, short = example([4], [7, 1, 5, 9, 1]), example([6], [3])
+    long.token_weights = (np.array([1, 1, 0, 1, 1], np.float32),)
+    assert (long.lengths, short.lengths, long.num_tokens) == ((4,), (1,), 6)
+    batch = collate([long, short], layout=layout)
+    assert batch.input_ids.tolist() == [[4, 7, 1, 5, 9, 1], [6, 3, 0, 0, 0, 0]]
+    assert batch.targets.tolist() == [7, 1, 9, 1, 3] and batch.states.tolist() == [0, 1, 3, 4, 6]
+    assert batch.token_weights.tolist() == [1, 1, 1, 1, 1]
+    assert batch.lengths.tolist() == [4, 1] and batch.ends.tolist() == [5, 7]
+    assert batch.columns["chosen_length"].tolist() == [4, 1]
 
 
 def test_collate_puts_all_chosen_before_all_rejected():

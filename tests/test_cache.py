@@ -79,7 +79,7 @@ def test_what_decides_the_reference_is_in_its_key(dpo, sft_run):
     """One weight, one setting of the model (no weight shows it), one token of one row."""
     def file_of(change):
         trainer = make_trainer(*dpo, f"reference={sft_run}/LATEST")
-        trainer.data.eval_examples = []
+        trainer.data.eval_sources = {}
         change(trainer)
         trainer.fingerprints["reference"] = fingerprint(trainer.reference)
         before = set(os.listdir("runs/reference_cache")) if os.path.isdir("runs/reference_cache") else set()
@@ -111,7 +111,7 @@ def test_a_damaged_cache_file_is_computed_again(damage, dpo, capsys):
     values = []
     for round in range(3):
         trainer = make_trainer(*dpo)
-        trainer.data.eval_examples = []
+        trainer.data.eval_sources = {}
         capsys.readouterr()
         trainer.fill_in_reference()
         printed = capsys.readouterr().out

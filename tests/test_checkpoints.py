@@ -1,5 +1,6 @@
 """A run's folder is whole whenever it is looked at, and a run that goes on is the run that never stopped."""
 
+import datetime
 import fcntl
 import json
 import os
@@ -90,7 +91,9 @@ def test_what_state_json_may_lack(r, run):
     path = f"{r}/LATEST/trainer_state/state.json"
     state = json.load(open(path))
     assert state == {"step": 3, "examples": 12, "iteration": 0, "first_step": 0, "first_examples": 0,
-                     "data": state["data"], "reference": None, "reward_model": None}
+                     "data": state["data"], "tokens": state["tokens"], "reference": None,
+                     "reward_model": None, "began": state["began"], "prompt_template": None}
+    assert len(state["tokens"]) == 64 and datetime.date.fromisoformat(state["began"])
     old = {name: state[name] for name in ("step", "examples", "data", "reference")}
     json.dump(old, open(path, "w"))
     run("resume=true", f"run_dir={r}", "max_steps=4")

@@ -33,9 +33,12 @@ PAIR_ROWS = [
       "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant: r"},
      ("\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant:", (" c", " r"))),
     ({"prompt": [U("q")], "chosen": [A("c")], "rejected": [A("r")]}, ([U("q")], (A("c"), A("r")))),
-    # a list with earlier turns is the whole conversation, the prompt column is ignored
-    ({"prompt": "else", "chosen": [U("q"), A("c")], "rejected": [U("q"), A("r")]},
-     ([U("q")], (A("c"), A("r")))),
+    # a list that begins with the prompt is the whole conversation
+    ({"prompt": "q", "chosen": [U("q "), A("b"), U("x"), A("c")],
+      "rejected": [U("q "), A("b"), U("x"), A("r")]}, ([U("q "), A("b"), U("x")], (A("c"), A("r")))),
+    # one that begins with the assistant continues it
+    ({"prompt": "q", "chosen": [A("b"), U("x"), A("c")], "rejected": [A("b"), U("x"), A("r")]},
+     ([U("q"), A("b"), U("x")], (A("c"), A("r")))),
     ({"chosen": [U("q"), A("b"), U("x"), A("c")], "rejected": [U("q"), A("b"), U("x"), A("r")]},
      ([U("q"), A("b"), U("x")], (A("c"), A("r")))),
     ({"prompt": "q", "chosen": [A("c")], "rejected": [A("r")]}, ([U("q")], (A("c"), A("r")))),
@@ -77,13 +80,16 @@ def test_single_responses_of_every_shape(row, expected):
     ({"chosen": [U("a"), A("c")], "rejected": [U("b"), A("r")]}, True,
      "rejected does not start with the prompt of chosen"),
     ({"chosen": "no marker", "rejected": "none"}, True,
-     "chosen has no '\\n\\nAssistant:', where the prompt would end"),
+     "chosen has no '\\n\\nAssistant:', where the prompt would end, and no column prompt stands beside it in "
+     "chosen, rejected"),
+    ({"prompt": "else", "chosen": [U("q"), A("c")], "rejected": [U("q"), A("r")]}, True,
+     "chosen neither continues its prompt nor begins with it"),
     ({"prompt": "p", "chosen": " \n", "rejected": "r"}, True, "chosen is white space only"),
     ({"prompt": "p", "chosen": "c", "rejected": "\t"}, True, "rejected is white space only"),
     ({"prompt": "p", "chosen": "c", "rejected": "c"}, True, "chosen and rejected are equal"),
     ({"prompt": "p", "response": ""}, False, "response is white space only"),
-    ({"messages": [U("q"), U("q")]}, False, "the conversation has no assistant turn after a prompt"),
-    ({"messages": [A("q")]}, False, "the conversation has no assistant turn after a prompt"),
+    ({"messages": [U("q"), U("q")]}, False, "the last message of messages is by user, not by the assistant"),
+    ({"messages": [A("q")]}, False, "the conversation has nothing before its answer"),
     ({"messages": [U("q"), A(" ")]}, False, "messages is white space only"),
 ])
 def test_rows_that_cannot_be_trained_on_are_dropped(row, pairs, reason):
@@ -103,7 +109,8 @@ def test_what_the_objective_does_not_read_does_not_drop_a_row():
      "has values in the columns prompt, chosen; this objective needs prompt, chosen, rejected; or chosen, "),
     ({"prompt": "p", "chosen": 3, "rejected": "r"}, True, (), "column chosen is 3"),
     ({"prompt": "p", "chosen": "c", "rejected": [A("r")]}, True, (), "both be text or both be lists"),
-    ({"messages": [{"role": "user"}]}, False, (), "column messages is"),
+    ({"messages": [{"role": "user"}]}, False, (),
+     'column messages has {"role": "user"}; a message has text for role and content'),
     ({"prompt": "p", "chosen": "c", "rejected": "r"}, True, ["chosen_reward"],
      "needs a column chosen_reward (or score_chosen)"),
     ({"prompt": "p", "chosen": "c", "rejected": "r", "chosen_reward": "high"}, True, ["chosen_reward"],
@@ -153,12 +160,13 @@ def test_given_attributes_go_before_the_rows_own():
 
 
 @pytest.mark.parametrize("row, said", [
-    ({"attributes": {"tone": "dry"}}, "a.jsonl line 1 has no quality in its column attributes"),
-    ({}, "a.jsonl line 1 has no quality in its column attributes"),
+    ({"attributes": {"tone": "dry"}},
+     "a.jsonl line 1 has no quality among its columns or in its column attributes, which prompt_template "),
+    ({}, "among its columns or in its column attributes, which prompt_template needs: add it, or change"),
     ({"attributes": [4]}, "a.jsonl line 1: column attributes is [4]; it must map names to values"),
     ({"attributes": {"quality": [1, 2]}},
-     "a.jsonl line 1: the attribute quality is [1, 2]; it must be text or a number"),
-    ({"attributes": {"quality": 1, "prompt": "x"}}, "a.jsonl line 1: the attribute prompt is"),
+     "a.jsonl line 1: quality is [1, 2]; for prompt_template it must be text or a number"),
+    ({"attributes": {"quality": 1, "prompt": "x"}}, 'a.jsonl line 1: prompt is "x"; for prompt_template it'),
 ])
 def test_attributes_that_do_not_fit(row, said):
     with pytest.raises(InputError) as caught:
@@ -167,7 +175,7 @@ def test_attributes_that_do_not_fit(row, said):
 
 
 def test_no_attributes_and_a_mistyped_one():
-    with pytest.raises(InputError, match="a.jsonl line 1 has no value in its column attributes"):
+    with pytest.raises(InputError, match="a.jsonl line 1 has no attributes among its columns or in its"):
         with_attributes({}, "{prompt} {attributes}")
     with pytest.raises(InputError, match="sample_attributes.qualty is no attribute of a.jsonl line 1, which "
                                          "has quality"):
@@ -177,11 +185,12 @@ def test_no_attributes_and_a_mistyped_one():
 def test_attributes_without_a_template_are_reported():
     rows, report = with_attributes({"attributes": {"quality": 4}}, None)
     assert rows[0].prompt == "p"
-    assert "  1 have attributes, unused: attribute_template is null" in list(report.lines())
+    assert "  1 rows have a column attributes, which is not read" in list(report.lines())
 
 
 def test_attributes_are_part_of_the_fingerprint():
-    prints = {with_attributes({"attributes": {"quality": q}})[1].fingerprint for q in (1, 2, 2)}
+    prints = {with_attributes({"attributes": {"quality": q}})[1].digest.hexdigest()
+              for q in (1, 2, 2)}
     assert len(prints) == 2
 
 
@@ -319,7 +328,9 @@ def test_what_is_evaluated_and_what_is_sampled_are_the_first_held_out_rows():
     assert [x.where for x in few.eval_examples] == held_out[:3]
     assert [x.where for x in few.sample_examples] == held_out
     assert list(few.reports["eval data"].lines()) == [
-        "5 of 400 rows used, 0 dropped, 0 cut to fit, 395 beyond what was asked for"]
+        "3 of 400 rows used, 0 dropped, 0 cut to fit, 397 beyond what was asked for"]
+    assert list(few.reports["samples"].lines()) == [
+        "5 of 400 prompts used, 0 dropped, 0 cut to fit, 395 beyond what was asked for"]
     # toy's true rewards are known, so more are sampled (16 here, see conftest) than are shown
     toy = load("eval_data=toy", "num_eval_examples=3", "num_samples=5")
     assert (len(toy.eval_examples), len(toy.sample_examples)) == (3, 16) and toy.judge.scores
@@ -346,13 +357,15 @@ def words():
 
 def settings(**changes):
     return SimpleNamespace(**{"max_length": 100, "max_prompt_length": 4, "truncation": "keep_end",
-                              "add_bos": False, **changes})
+                              "add_bos": False, "chat_template_kwargs": {}, "content_tokens": None,
+                              **changes})
 
 
 def encode(tokenizer, rows, end_ids=(0,), limit=None, **changes):
     report = Report()
     rows = [TextRow(f"row {i}", prompt, responses, {}) for i, (prompt, *responses) in enumerate(rows, 1)]
-    examples = data.encode(rows, report, tokenizer, settings(**changes), list(end_ids), limit)
+    encoder = data.Encoder(tokenizer, settings(**changes), list(end_ids), "2026-11-25")
+    examples = encoder.examples(rows, report, limit=limit)
     return [(list(e.prompt), *map(list, e.responses)) for e in examples], report
 
 
@@ -362,10 +375,11 @@ def test_prompt_and_responses_are_joined_with_an_end_token(words):
     assert (report.used, report.cut, report.dropped) == (1, 0, {})
 
 
-def test_special_tokens_in_the_data_are_text(words):
-    examples, _ = encode(words, [("a<s>", "</s>")])
-    letters = [words.get_vocab()[c] for c in "<s></s>"]
-    assert examples == [([3, *letters[:3]], [*letters[3:], 0])]
+def test_special_tokens_in_plain_text_are_tokens(words):
+    """And an end token at a response's end is its end token."""
+    examples, report = encode(words, [("a<s>", "b</s>", "c"), ("a", "b")])
+    assert examples == [([3, 1], [4, 0], [5, 0]), ([3], [4, 0])]
+    assert report.notes == {"hold special tokens in plain text, which are read as tokens": 1}
 
 
 def test_add_bos(words):
@@ -397,7 +411,7 @@ def test_rows_with_nothing_left_are_dropped(words):
     examples, report = encode(words, [("", "b"), ("abcdef", "gx", "gy")], max_length=5)
     assert examples == []
     assert report.dropped == {
-        "the prompt is empty, so nothing predicts the first token (add_bos=true gives it one)": ["row 1"],
+        "the prompt is empty, so nothing predicts the first token (add_bos=true does)": ["row 1"],
         "the two responses are equal in tokens after truncation": ["row 2"]}
     assert encode(words, [("", "b")], add_bos=True)[0] == [([1], [4, 0])]
 
@@ -421,10 +435,15 @@ def test_chat_template(words):
     examples, _ = encode(words, [([U("ab"), A("c"), U("d")], A("ef"), A("g"))])
     # the template closes the answer with </s> and adds an n, which goes: the response ends with its end token
     assert examples == [([2, 3, 4, 1, 5, 0, n, 2, 6, 1], [7, 8, 0], [9, 0])]
-    # end tokens of the generation config count: the response ends with the last of them
-    assert encode(words, [([U("a")], A("b"))], end_ids=[0, n])[0] == [([2, 3, 1], [4, 0, n])]
     words.chat_template = CHAT.replace("</s>n", "")
-    assert encode(words, [([U("a")], A("b"))])[0] == [([2, 3, 1], [4, 0])]
+    examples, report = encode(words, [([U("a")], A("b"))])
+    assert examples == [([2, 3, 1], [4, 0])]
+    assert list(report.lines())[1:] == [
+        "  1 rows have answers without an end token of the template's; one is put after the last"]
+    # end tokens of the generation config count: the response ends with the first of them
+    for written, first in (("</s>n", 0), ("n</s>", n)):
+        words.chat_template = CHAT.replace("</s>n", written)
+        assert encode(words, [([U("a")], A("b"))], end_ids=[0, n])[0] == [([2, 3, 1], [4, first])]
 
 
 def test_special_tokens_in_messages_are_text(words):
@@ -432,21 +451,21 @@ def test_special_tokens_in_messages_are_text(words):
     vocab = words.get_vocab()
     examples, _ = encode(words, [([U("a</s>")], A("<|x|>b"))])
     assert examples == [([2, 3, *(vocab[c] for c in "</s>"), 1], [*(vocab[c] for c in "<|x|>b"), 0])]
-    # nor is a character of the text taken for the guard that parts them
+    # nor is a character of private use anything else
     assert encode(words, [([U("a</s>\ue000")], A("b\ue000"))])[0] == [
         ([2, 3, *(vocab[c] for c in "</s>\ue000"), 1], [4, vocab["\ue000"], 0])]
 
 
 def test_chats_that_the_template_cannot_render(words):
     words.chat_template = None
-    with pytest.raises(InputError, match="row 1 is a list of messages, but the tokenizer has no chat"):
+    with pytest.raises(InputError, match="lists of messages, but the tokenizer has no chat template"):
         encode(words, [([U("a")], A("b"))])
     words.chat_template = CHAT
     _, report = encode(words, [([{"role": "tool", "content": "a"}], A("b"))])
     assert list(report.dropped) == ["the chat template refuses it: no role tool"]
     words.chat_template = "{{ messages | length }}"
     _, report = encode(words, [([U("a")], A("b"))])
-    assert list(report.dropped) == ["the chat template renders the prompt otherwise when an answer follows"]
+    assert list(report.dropped) == ["the chat template leaves out a turn, by user"]
 
 
 def test_chat_template_of_a_real_tokenizer():

@@ -89,8 +89,9 @@ def test_unknown_sources_are_refused(name, why):
     with pytest.raises(InputError) as refusal:
         read_source(name, "train", data.DATASETS)
     assert str(refusal.value) == (
-        f"'{name}' cannot be read, {why}: give one of toy, hh, shp, se, ultrafeedback, an existing file "
-        "ending in .jsonl, .json, .parquet, .csv, or a hub id org/name[/config][:split]")
+        f"'{name}' cannot be read, {why}: give one of toy, hh, shp, se, ultrafeedback, an existing file, "
+        "folder or glob of files ending in .jsonl, .jsonl.gz, .json, .parquet, .csv, or a hub id "
+        "org/name[/config][:split]")
 
 
 @pytest.mark.parametrize("name, what", [
@@ -103,5 +104,5 @@ def test_hub_data_that_cannot_be_had_are_refused(name, what):
 def test_strip_html():
     assert strip_html("<p>Use <code>a &lt; b</code></p><pre>x\n  y</pre>") == "Use a < b\n\nx\n  y"
     assert strip_html("a<ul><li>b</li><li>c</li></ul><blockquote><p>d</p></blockquote>\n\ne") == (
-        "ab\n\nc\n\nd\n\ne")
+        "a\n\nb\n\nc\n\nd\n\ne")
     assert strip_html("Tom &amp; <b>Jerry</b> &#39;s<br>") == "Tom & Jerry 's"

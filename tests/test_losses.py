@@ -2,11 +2,12 @@
 
 import inspect
 import math
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from engine.batches import Example
 from engine.config import read_schema
 from losses import OBJECTIVES, dpo_loss, ipo_loss, kd_loss, rm_loss, rpo_loss, sft_loss, spin_loss
 
@@ -249,8 +250,9 @@ def test_the_table_says_what_each_loss_takes():
                               if objective.inputs == "logits" else wanted)
         block = {key.split(".")[1]: value for key, value in defaults.items() if key.startswith(name + ".")}
         keywords = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-        trainers_own = {"average"} | ({"iterations", "lr", "temperature", "top_p", "top_k", "max_tokens",
-                                       "mix_previous", "reset_optimizer"} if objective.self_play else set())
+        trainers_own = {"average", "train_on"} | (
+            {"iterations", "lr", "temperature", "top_p", "top_k", "max_tokens", "mix_previous",
+             "reset_optimizer"} if objective.self_play else set())
         assert keywords == (block.keys() - trainers_own) | set(objective.columns)
         # with its block bound to it only the columns are still to be given
         left = inspect.signature(objective.bound(block).loss).parameters.values()
@@ -272,8 +274,10 @@ def test_bound_puts_settings_into_a_loss():
     ("sft", {"average": "tokens"}, 8), ("sft", {"average": "examples"}, 2), ("kd", {"temperature": 1.0}, 8),
     ("dpo", {"beta": 0.1}, 2), ("rm", {}, 2)])
 def test_what_a_batchs_losses_are_divided_by(name, settings, denominator):
-    # 2 examples, with responses of 1 + 2 and of 5 tokens
-    examples = [SimpleNamespace(responses=([7], [8, 1])), SimpleNamespace(responses=([3, 4, 5, 6, 1],))]
+    # 2 examples, with responses of 1 + 2 and of 6 tokens, of which one does not count
+    weights = np.array([1, 1, 0, 1, 1, 1], np.float32)
+    examples = [Example("x", np.array([2]), (np.array([7]), np.array([8, 1])), {}),
+                Example("x", np.array([2]), (np.array([3, 4, 9, 5, 6, 1]),), {}, (weights,))]
     assert OBJECTIVES[name].bound(settings).denominator(examples) == denominator
 
 

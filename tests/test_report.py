@@ -35,15 +35,19 @@ def test_a_file_without_evaluation_says_so(run, capsys):
 
 
 def test_a_reports_lines_by_hand():
-    report = Report(rows=10, used=1, cut=1, unused_attributes=2)
+    report = Report(rows=10, used=1, cut=1)
     for n in range(1, 8):
         report.drop("it is empty", f"row {n}")
     report.drop(ValueError("it is odd"), "row 8")
+    for _ in range(2):
+        report.note_unread({"prompt": "p", "history": ["h"], "images": [], "attributes": None}, {"prompt"})
+    report.note("are odd")
     assert list(report.lines()) == [
         "1 of 10 rows used, 8 dropped, 1 cut to fit, 1 beyond what was asked for",
         "  dropped 7: it is empty (row 1, row 2, row 3, row 4, row 5 and 2 more)",
         "  dropped 1: it is odd (row 8)",
-        "  2 have attributes, unused: attribute_template is null"]
+        "  2 rows have a column history, which is not read",
+        "  1 rows are odd"]
     assert list(Report(rows=12345, used=12345).lines()) == [
         "12,345 of 12,345 rows used, 0 dropped, 0 cut to fit"]
 

@@ -317,7 +317,7 @@ def test_pairs_of_self_play(capsys):
 
 def test_what_an_answer_depends_on_is_in_its_key():
     def key(*settings, opponent="a", iteration=0, fingerprint="of the rows"):
-        run_data = SimpleNamespace(fingerprint=fingerprint, train_examples=[])
+        run_data = SimpleNamespace(fingerprints={"data": fingerprint, "tokens": "t"}, train_examples=[])
         return SelfPlay(config_of("loss=spin", *settings), run_data, None, None).key(opponent, iteration)
     keys = [key(), key(opponent="b"), key(iteration=1), key(fingerprint="of others"), *map(key, (
         "seed=1", "spin.temperature=0.5", "spin.top_p=0.5", "spin.top_k=5", "spin.max_tokens=9",

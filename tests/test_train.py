@@ -76,12 +76,13 @@ BAD_INPUT = [  # arguments, and what is said
      "single.jsonl line 1 has values in the columns prompt, response; this objective needs"),
     (["data=typed.jsonl"], "typed.jsonl line 1: column response is 3; it must be text"),
     (["data=pairs.jsonl", "loss=rpo"], "pairs.jsonl line 1: the objective needs a column chosen_reward"),
-    (["data=chat.jsonl"], "chat.jsonl line 1 is a list of messages, but the tokenizer has no chat template"),
+    (["data=chat.jsonl"], "lists of messages, but the tokenizer has no chat template"),
     (["data=empty.jsonl"], "data leaves no row to work with: 0 of 0 rows used"),
     (["data=blank.jsonl"],
      "data leaves no row to work with: 0 of 1 rows used, 1 dropped, 0 cut to fit;   dropped 1: "
      "response is white space only (blank.jsonl line 1)"),
-    (["data=single.jsonl", "eval_data=blank.jsonl"], "eval_data leaves no row"),
+    (["data=single.jsonl", "eval_data=blank.jsonl"],
+     "eval data blank leaves no row to work with: 0 of 1 rows used, 1 dropped"),
     (["model=none/there/LATEST"], "model=none/there/LATEST: there is no such folder"),
     (["model=nobody/nothing"], "the tokenizer of nobody/nothing cannot be loaded"),
     (["model=notes"], "notes is no model's folder"),
@@ -102,7 +103,7 @@ BAD_INPUT = [  # arguments, and what is said
      "spin.lr=[0.0001, 1e-05] is a list of 2 where spin.iterations=1"),
     (["loss=sft", "reference=notes"], "notes is not read with loss=sft: leave it out"),
     (["loss=rm", "reward_model=x"], "reward_model=x is not read with loss=rm"),
-    (["loss=rm", "attribute_template={prompt} {tone}", "sample_attributes.tone=dry"],
+    (["loss=rm", "prompt_template={prompt} {tone}", "sample_attributes.tone=dry"],
      "sample_attributes={'tone': 'dry'} is not read with loss=rm"),
     (["loss=dpo", "reward_model=tiny"], "reward_model=tiny would judge at random"),
     (["data=half_rewarded.jsonl", "loss=rpo", "reward_model=run2"],
@@ -118,20 +119,25 @@ BAD_INPUT = [  # arguments, and what is said
      "reward_model=none/there/LATEST: there is no such folder"),
     (["data=pairs.jsonl", "loss=kd", "reference=notes"],
      "notes is no model's folder, it has no config.json: give a folder that has"),
-    (["attribute_template={prompt} {quality:.1f} {"], "and no other braces"),
-    (["attribute_template="], "attribute_template='' must hold {prompt}"),
-    (["attribute_template=[{attributes}] {prompt:{x}}"], "and no other braces"),
-    (["attribute_template={prompt} {attributes}", "sample_attributes.prompt=x"],
-     "are not read by attribute_template"),
-    (["attribute_template=Quality {quality}:"],
-     "must hold {prompt}, and {attributes} or an attribute's name in braces"),
-    (["attribute_template={prompt}"], "must hold {prompt}, and {attributes} or an attribute's name"),
+    (["prompt_template={prompt} {quality:.1f} {"], "has braces that hold no name"),
+    (["data=single.jsonl", "prompt_template="],
+     "data leaves no row to work with: 0 of 1 rows used, 1 dropped, 0 cut to fit;   dropped 1: "
+     "the prompt is empty"),
+    (["prompt_template=[{attributes}] {prompt:{x}}"], "has braces that hold no name"),
+    (["prompt_template={prompt} {attributes}", "sample_attributes.prompt=x"],
+     "are not read by prompt_template"),
+    (["data=single.jsonl", "prompt_template=Quality {quality}:"],
+     "single.jsonl line 1 has no quality among its columns or in its column attributes"),
+    (["--config", "former.yaml"],
+     "attribute_template is called prompt_template now: give it under that name"),
+    (["attribute_template={prompt} {quality}"],
+     "attribute_template is called prompt_template now: give it under that name"),
     (["sample_attributes.quality=4"],
-     "sample_attributes={'quality': 4} are not read by attribute_template=None"),
-    (["attribute_template={prompt} {tone}", "sample_attributes.quality=4"],
-     "are not read by attribute_template='{prompt} {tone}'"),
-    (["data=single.jsonl", "attribute_template={prompt} {quality}"],
-     "single.jsonl line 1 has no quality in its column"),
+     "sample_attributes={'quality': 4} are not read by prompt_template=None"),
+    (["prompt_template={prompt} {tone}", "sample_attributes.quality=4"],
+     "are not read by prompt_template='{prompt} {tone}'"),
+    (["data=single.jsonl", "prompt_template={prompt} {quality}"],
+     "single.jsonl line 1 has no quality among its columns"),
 ]
 
 
@@ -146,7 +152,8 @@ def bad_files():
         write_lines(f"{name}.jsonl", [row])
     files = {"bad.jsonl": '{"prompt": "p", "response": "r"}\n{"prompt" "p"}\n', "empty.jsonl": "",
              "half.jsonl": '{"prompt": "p", "response": "\\ud83d"}\n', "run2/config.json": "{}",
-             "runs/mine/config.yaml": "mine: 1\n", "runs/taken/config.yaml": "loss: sft\n"}
+             "runs/mine/config.yaml": "mine: 1\n", "runs/taken/config.yaml": "loss: sft\n",
+             "former.yaml": "attribute_template: '{prompt} {quality}'\n"}
     files |= {f"corrupt/{name}.json": "[]" for name in ("config", "tokenizer", "tokenizer_config")}
     for name in ("notes", "corrupt", "run2", "run/LATEST", "runs/mine", "runs/taken"):
         os.makedirs(name)
@@ -190,7 +197,7 @@ def test_the_entry_point_prints_the_sentence_and_exits_with_2(tmp_path):
 
 
 def test_errors_in_the_code_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(data, "encode", lambda *arguments, **options: [][0])
+    monkeypatch.setattr(data.Encoder, "examples", lambda *arguments, **options: [][0])
     with pytest.raises(IndexError):
         train.main([*TINY_RUN])
 
@@ -225,7 +232,7 @@ def test_a_tiny_reference_is_kept_for_resuming(run):
 def test_attributes_in_training_and_in_samples(run):
     rows = [{"prompt": "Say:", "response": f" word {i}", "attributes": {"quality": i % 5}} for i in range(20)]
     write_lines("rated.jsonl", rows)
-    settings = ["data=rated.jsonl", "eval_data=rated.jsonl", "attribute_template={prompt} Quality {quality}:",
+    settings = ["data=rated.jsonl", "eval_data=rated.jsonl", "prompt_template={prompt} Quality {quality}:",
                 "batch_size=4", "max_steps=2", "num_samples=6", "sample_max_tokens=4"]
     own = run(*settings, "run_dir=own")
     given = run(*settings, "run_dir=given", "sample_attributes.quality=4")

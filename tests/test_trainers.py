@@ -166,7 +166,7 @@ def test_a_step_is_the_same_however_it_is_split(settings, sft_run, exact_norms, 
 
 def test_what_the_sums_are_divided_by():
     """The loss by tokens or examples; metrics by examples, those of a loss of tokens by tokens: by hand."""
-    examples = [SimpleNamespace(responses=(range(3),)), SimpleNamespace(responses=(range(5),))]  # 8 tokens
+    examples = [SimpleNamespace(lengths=(3,)), SimpleNamespace(lengths=(5,))]  # 8 tokens
 
     def means(name, sums, **settings):
         sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}

@@ -161,7 +161,7 @@ def load_examples(arguments, settings):
     """The config, and the examples of all steps in order: the data's first, or random tokens of --lengths."""
     import numpy as np
 
-    from data import encode, load_rows
+    from data import Encoder, load_rows
     from engine.models import load_tokenizer
     from losses import OBJECTIVES
     config = config_of(settings)
@@ -169,7 +169,8 @@ def load_examples(arguments, settings):
     rows, report = load_rows(config.data, "train", OBJECTIVES[config.loss])
     texts = (text for row in rows for text in (row.prompt, *row.responses))
     tokenizer = load_tokenizer(config.tokenizer or config.model, texts, config)
-    examples = encode(rows, report, tokenizer, config, [tokenizer.eos_token_id], need)
+    encoder = Encoder(tokenizer, config, [tokenizer.eos_token_id], "2026-11-25")
+    examples = encoder.examples(rows, report, limit=need)
     if arguments.lengths:
         noise, lengths = np.random.default_rng(0), [int(x) for x in arguments.lengths.split(",")]
         examples = [dataclasses.replace(examples[0], prompt=ids[0], responses=tuple(ids[1:])) for ids in (
@@ -194,7 +195,7 @@ def run_here(arguments, settings):
         examples = examples if trainer.objective.needs_pairs else [
             dataclasses.replace(example, responses=example.responses[:1]) for example in examples]
         trainer.data.train_examples = trainer.train_examples = examples
-        trainer.data.eval_examples, trainer.data.sample_examples = [], []
+        trainer.data.eval_sources, trainer.data.sample_examples = {}, []
         reference = trainer.reference
         trainer.batcher = trainer.make_batcher(trainer.policy, reference, trainer.reward_model)
         for key in ("reference", "cache"):
