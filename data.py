@@ -76,9 +76,14 @@ class RunData:
         return list(itertools.chain(*self.eval_sources.values()))
 
 
-@raise_on_all_ranks
 def load_data(config, objective, checkpoint=None) -> RunData:
     """Reads the sources that the config names and makes token ids of their rows, for the policy."""
+    today = from_first(datetime.date.today().isoformat())  # before a rank may fail alone
+    return load_data_on(today, config, objective, checkpoint)
+
+
+@raise_on_all_ranks
+def load_data_on(today, config, objective, checkpoint):
     sources = as_list(config.eval_data) or [name for name in as_list(config.data) if name in DATASETS]
     reports = {"data": Report(), "eval data": Report()}
     read = functools.partial(load_rows, objective=objective, template=config.prompt_template,
@@ -91,7 +96,7 @@ def load_data(config, objective, checkpoint=None) -> RunData:
     tokenizer = load_tokenizer(checkpoint or config.tokenizer or config.model, texts, config)
     model_config, dropouts = load_model_config(model_path, config, tokenizer)
     end_ids = load_end_ids(model_path, model_config, tokenizer)
-    began = read_began(checkpoint) or from_first(datetime.date.today().isoformat())
+    began = read_began(checkpoint) or today
     encoder = Encoder(tokenizer, config, end_ids, began)
 
     # What is trained on, and the same of the held-out rows, by source.

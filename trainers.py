@@ -220,12 +220,11 @@ class Trainer:
             own = {}
             for batch in self.batcher.eval_share(examples, "evaluating"):
                 add_to_sums(own, batch, *self.compute_losses(batch, objective))
-            by_source[source] = mean_metrics(own, objective, examples)
+            if len(self.data.eval_sources) > 1:
+                means = mean_metrics(own, objective, examples)
+                by_source |= {f"{name}/{source}": value for name, value in means.items()}
             sums = {name: sums.get(name, 0) + total for name, total in own.items()}
-        metrics = mean_metrics(sums, objective, self.data.eval_examples)
-        if len(by_source) > 1:
-            metrics |= {f"{name}/{source}": value
-                        for source, own in by_source.items() for name, value in own.items()}
+        metrics = mean_metrics(sums, objective, self.data.eval_examples) | by_source
         if self.data.sample_examples:
             metrics |= self.sample()
         self.policy.train()

@@ -53,7 +53,7 @@ class Example:
 
     @property
     def fingerprint(self) -> bytes:
-        """sha256 of the ids and weights."""
+        """sha256 of all ids, and of the weights."""
         digest = hashlib.sha256()
         for part in (self.prompt, *self.responses, *(self.token_weights or ()), self.after):
             digest.update(len(part).to_bytes(4) + part.tobytes())

@@ -156,8 +156,8 @@ class Sampler:
                 scores[i] = {name: float(value) for name, value in known.items()}
         if self.reward_model:
             learned = functools.partial(response_scores, self.reward_model, bf16=self.bf16)
-            ended = [ids + example.after.tolist()[:self.positions - len(example.prompt) - len(ids)]
-                     if self.is_finished(ids) else ids
+            ended = [ids + example.after.tolist() if self.is_finished(ids) and (
+                len(example.prompt) + len(ids) + len(example.after) <= self.positions) else ids
                      for ids, example in zip(answers, self.examples)]  # to the end of a chat's rendering
             for known, (reward,) in zip(scores, self.values(learned, ended, "scoring samples")):
                 if "reward" in known:

@@ -200,6 +200,13 @@ def keep_in_step():
     engine.distributed.fits_unsharded = lambda model, compute_dtype: False
 
 
+def cannot_read():
+    """The data are not there, on one machine alone."""
+    def refuse(*arguments):
+        raise InputError("f.jsonl is not here")
+    data.load_source = refuse
+
+
 def out_of_time():
     engine.distributed.START -= 3600
 
@@ -298,8 +305,10 @@ if __name__ == "__main__":
     import transformers.models.llama.modeling_llama  # noqa: F401
     from torch.distributed.tensor import DTensor
 
+    import data
     import engine.dry_run  # noqa: F401
     import train
+    from engine import InputError
     from engine.checkpoints import Checkpoints, RunFolder
     from engine.distributed import (from_all, from_first, max_over_ranks, num_ranks, rank, start_ranks,
                                     sum_over_ranks)

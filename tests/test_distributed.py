@@ -265,6 +265,8 @@ def test_what_one_rank_refuses_all_refuse(sft_run):
             (["optimizer=Adafactor"], "Adafactor with {} is refused on sharded weights")):
         given, _ = answers(begin(2, *STOPPED, *settings))
         assert re.match(f"InputError: {message}", given[0]) and given == [given[0]] * 2
+    given, _ = answers(begin(2, *STOPPED, trouble="cannot_read", rank=1))
+    assert given == ["InputError: f.jsonl is not here"] * 2
     assert not os.path.exists("stopped")
 
 

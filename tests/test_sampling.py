@@ -1,5 +1,6 @@
 """Answers depend on prompt and seed alone, come from the model's distribution, and are judged rightly."""
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -241,6 +242,8 @@ def test_a_reward_model_judges_samples(run, rm_run, sft_run):
         score = model(torch.tensor([[*example.prompt, *ids]])).logits.item()
         assert record["policy"] == trainer.sampler.text(ids)
         assert record["reward"] == pytest.approx(score, rel=1e-4, abs=1e-4)
+    trainer.sampler.positions = math.inf  # as of models without a limit
+    assert trainer.sampler.scores(answers)[0]["reward"] == pytest.approx(records[0]["reward"], rel=1e-4)
 
 
 def test_pairs_that_are_only_sampled_from_need_no_rewards(run, rm_run, sft_run):
