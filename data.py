@@ -6,13 +6,11 @@
 A row that cannot be trained on raises Dropped; the Report counts it. A malformed one raises InputError.
 """
 
-import contextlib
 import datetime
 import functools
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,19 +19,20 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from engine import Dropped, InputError
-from engine.batches import COMPUTED_COLUMNS, REWARDS, Example
-from engine.chats import (GUARD, WRITTEN, ChatTemplate, fill_template, is_text, read_messages, read_tools,
+from engine.batches import COMPUTED_COLUMNS, LIST_REWARDS, REWARDS, Example
+from engine.chats import (GUARD, WRITTEN, ChatTemplate, fill_template, is_text, read_tools,
                           split_conversations)
 from engine.checkpoints import read_began
 from engine.config import FIELD, as_list
 from engine.distributed import from_first, raise_on_all_ranks
 from engine.files import load_hub, number_rows, read_source, short_names, strip_html, with_name
 from engine.models import load_end_ids, load_model_config, load_tokenizer
+from engine.objectives import add_responses
 from engine.report import Report, progress
+from engine.rows import lacks_rewards, read_cell, read_list, read_numbers, read_weights
 from engine.tokens import TokenCutter, part_read
 from engine.toy import toy, toy_optimal_reward, toy_scores
 
-COLUMN_ALIASES = {"chosen_reward": "score_chosen", "rejected_reward": "score_rejected"}
 ASSISTANT = "\n\nAssistant:"  # closes the prompt in an HH transcript
 SHAPES = (  # prompt column, chosen or only response, rejected; the first that fits and suffices is read
     ("prompt", "chosen", "rejected"),
@@ -46,6 +45,7 @@ SHAPES = (  # prompt column, chosen or only response, rejected; the first that f
     ("instruction", "output", None),  # and `input`, where a row has one
     ("input", "output", None),
 )
+LIST_SHAPE = ("prompt", "responses")  # of any number of texts, or of lists of messages
 
 
 @dataclass
@@ -107,6 +107,11 @@ def load_data_on(today, config, objective, checkpoint):
     eval_sources = {name: encoder.examples(
         rows, reports["eval data"], limit=config.num_eval_examples, **options)
         for name, rows in zip(short_names(sources), eval_rows)}
+
+    if add := objective.bound(getattr(config, config.loss, {})).add_responses:
+        add = functools.partial(add_responses, add, config.max_length)
+        train_examples = add(train_examples, reports["data"])
+        eval_sources = {name: add(examples, reports["eval data"]) for name, examples in eval_sources.items()}
 
     # The prompts that are answered in each evaluation.
     judge = DATASETS.get(sources[0]) if len(set(sources)) == 1 else None  # of several none is
@@ -229,10 +234,11 @@ class TextRow:
 
     where: str
     prompt: str | list
-    responses: tuple  # (chosen, rejected) or (response,)
-    columns: dict  # name -> float
+    responses: tuple  # (chosen, rejected), (response,) or a list's
+    columns: dict  # name -> float, or a list's floats
     answers: tuple = ()
     tools: list | None = None
+    weights: tuple | None = None  # of each response, of its characters and its end
 
     @property
     def is_chat(self):
@@ -245,14 +251,16 @@ def load_rows(sources, split, objective, template=None, attributes=None, may_lac
     template goes around each prompt, with columns and attributes, laid over by `attributes`; see
     fill_template. may_lack_rewards: a pair without rewards that the objective needs has None.
     """
-    rows, report, fields = [], report or Report(), {*FIELD.findall(template or "")}
+    rows, kinds, report, fields = [], {}, report or Report(), {*FIELD.findall(template or "")}
     fields |= {"attributes"} if fields - {"prompt"} else set()  # where a field may come from
     columns = [name for name in objective.columns if name not in COMPUTED_COLUMNS]
+    columns = [] if objective.self_play else columns  # there they come with the answers
     for where, source in itertools.chain.from_iterable(load_source(name, split, objective.reads_pairs)
                                                        for name in as_list(sources)):
         report.rows += 1
         try:
-            row = read_row(source, where, objective.reads_pairs, columns, may_lack_rewards, report, fields)
+            row = read_row(source, where, objective.reads_pairs, columns, may_lack_rewards, report, fields,
+                           objective.reads_lists)
             if template is not None:
                 prompt = fill_template(row.prompt, template, source, attributes or {}, where)
                 row = replace(row, prompt=prompt)
@@ -261,6 +269,10 @@ def load_rows(sources, split, objective, template=None, attributes=None, may_lac
             if re.search(f"[{GUARD}-{WRITTEN}]", texts):
                 raise Dropped("it holds one of U+FDD0 to U+FDD3, which are no characters")
             report.digest.update(texts.encode())
+            for name, value in row.columns.items():
+                if value is not None and kinds.setdefault(name, type(value)) is not type(value):
+                    raise InputError(f"{where}: column {name} is {value!r}, where rows before have the other "
+                                     "of a number and a list: give all the same")
             rows.append(row)
         except Dropped as reason:
             report.drop(reason, where)
@@ -269,21 +281,25 @@ def load_rows(sources, split, objective, template=None, attributes=None, may_lac
     return rows, report
 
 
-def read_row(row, where, pairs, columns=(), may_lack_rewards=False, report=None, read=()) -> TextRow:
-    """A dataset row of any shape in SHAPES, by the columns that the objective reads alone.
+def read_row(row, where, pairs, columns=(), may_lack_rewards=False, report=None, read=(), lists=False):
+    """A dataset row of any shape in SHAPES, or for lists in LIST_SHAPE, as a TextRow, by the columns that the
+    objective reads alone.
 
-    may_lack_rewards: if neither reward is there, both are None. read: columns that a template reads. Raises
+    may_lack_rewards: if no reward is there, all are None. read: columns that a template reads. Raises
     Dropped for a row that cannot be trained on, InputError for one that is malformed.
     """
     report = report or Report()
-    prompt_name, *names = shape_of(row, where, pairs)
-    if not pairs and str(row.get("label")).lower() == "false":
+    prompt_name, *names = shape_of(row, where, pairs, lists)
+    if not (pairs or lists or "label" in columns) and str(row.get("label")).lower() == "false":
         raise Dropped("its label is false: it is no example of what to say")
-    prompt = prompt_name and read_cell(row, prompt_name, where, report)
-    answers = [read_cell(row, name, where, report) for name in names]
+    prompt = prompt_name and read_cell(row[prompt_name], prompt_name, where, report)
+    read, earlier = {prompt_name, *names, *(f"{name}_weights" for name in names), *read}, ()
+    if lists:
+        names, answers = read_list(row, *names, where, report)
+    else:
+        answers = [read_cell(row[name], name, where, report) for name in names]
     if len(set(map(type, answers))) > 1:
         raise InputError(f"{where}: {names[0]} and {names[1]} must both be text or both be lists of messages")
-    read, earlier = {prompt_name, *names, *read}, ()
     if prompt_name == "instruction" and is_text(prompt):
         more = row.get("input") or ""
         if not is_text(more):
@@ -303,45 +319,29 @@ def read_row(row, where, pairs, columns=(), may_lack_rewards=False, report=None,
         said, calls = (answer, None) if is_plain else (answer["content"], answer.get("tool_calls"))
         if not said.strip() and not calls:
             raise Dropped(f"{name} is white space only")
-    if pairs and answers[0] == answers[1]:
-        raise Dropped(f"{names[0]} and {names[1]} are equal")
+    if len(answers) > 1 and all(answer == answers[0] for answer in answers):
+        raise Dropped(f"{names[0]} and {names[-1]} are equal")
     report.note_unread(row, read)
-    lacking = may_lack_rewards and all(row.get(name) is None for reward in REWARDS
-                                       for name in (reward, COLUMN_ALIASES[reward]))
+    lacking, count = may_lack_rewards and lacks_rewards(row), len(answers) if lists else None
     return TextRow(where, prompt, tuple(answers),
-                   {name: None if lacking and name in REWARDS else read_number(row, where, name)
-                    for name in columns}, earlier, None if is_plain else read_tools(row, where))
+                   {name: None if lacking and name in (*REWARDS, LIST_REWARDS) else
+                    read_numbers(row, where, name, count) for name in columns}, earlier,
+                   None if is_plain else read_tools(row, where), read_weights(row, names, answers, where))
 
 
-def shape_of(row, where, pairs):
+def shape_of(row, where, pairs, lists=False):
     """The first of SHAPES that the row fits and that suffices: the prompt's column or None, the answers'."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type(row).__name__}, not an object with named columns")
     shapes = [[name for name in shape if name or name is shape[0]] if pairs else shape[:2]
               for shape in SHAPES if shape[2] or not pairs]
+    shapes = [LIST_SHAPE] if lists else shapes
     for shape in shapes:
         if all(row.get(name) is not None for name in shape if name):
             return shape
     wanted = "; or ".join(dict.fromkeys(", ".join(filter(None, shape)) for shape in shapes))
     present = ", ".join(str(name) for name, value in row.items() if value is not None)
     raise InputError(f"{where} has values in the columns {present}; this objective needs {wanted}")
-
-
-def read_cell(row, name, where, report):
-    """The text in a column, or its messages in one form."""
-    value = row[name]
-    if is_text(value):
-        with contextlib.suppress(ValueError, RecursionError):
-            if value.startswith("[{") and json.loads(value):
-                report.note(f"have JSON in {name}, which is read as the text that it is")
-        return value
-    if value == [] and name != "prompt":
-        raise Dropped(f"{name} is empty")
-    if isinstance(value, list):
-        return read_messages(value, f"{where}: column {name}")
-    value = json.dumps(value, default=str)[:60]
-    raise InputError(f"{where}: column {name} is {value}; it must be text, or a list of messages with text "
-                     "for role and content")
 
 
 def split_transcript(row, name, chosen, rejected=None):
@@ -355,23 +355,6 @@ def split_transcript(row, name, chosen, rejected=None):
     if not rejected.startswith(prompt):
         raise Dropped("rejected does not start with the prompt of chosen")
     return prompt, [chosen[len(prompt):], rejected[len(prompt):]]
-
-
-def read_number(row, where, name):
-    """The float in column `name`, or in its alias."""
-    value = row.get(COLUMN_ALIASES.get(name)) if row.get(name) is None else row[name]
-    if value is None:
-        alias = f" (or {COLUMN_ALIASES[name]})" if name in COLUMN_ALIASES else ""
-        helps = " (where a pair has neither reward, reward_model= gives both)" if name in REWARDS else ""
-        raise InputError(f"{where}: the objective needs a column {name}{alias}, a number{helps}; "
-                         f"the row has {', '.join(map(str, row))}")
-    try:
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not math.isfinite(number):
-        raise InputError(f"{where}: column {name} is {value!r}; it must be a finite number")
-    return number
 
 
 # ---------------------------------------------------------------- tokens: one rendering, cut
@@ -412,7 +395,8 @@ class Encoder:
                         if reason:
                             raise reason
                         cut = list(self.cutter.cut_alike(parts))
-                        yield self.example(row, cut, train_on, to_the_end, report)
+                        texts = [text for text, *_ in parts]
+                        yield self.example(row, texts, cut, train_on, to_the_end, report)
                         report.notes.update(notes)
                     except Dropped as dropped:
                         report.drop(dropped, row.where)
@@ -442,8 +426,9 @@ class Encoder:
         parts = [(text, [*itertools.chain(*spans[:-1]), start, spans[-1][1]]) for text, spans in parts]
         return parts, notes, None
 
-    def example(self, row, cut, train_on, to_the_end, report) -> Example:
-        """An Example of (ids, tokens at which the row's answers begin and end) with each response."""
+    def example(self, row, texts, cut, train_on, to_the_end, report) -> Example:
+        """An Example of the whole texts and (ids, tokens at which the row's answers begin and end) with each
+        response."""
         config, responses = self.config, []
         for ids, (*_, start, stop) in cut:
             if start == stop:
@@ -466,7 +451,7 @@ class Encoder:
         room = config.max_length - len(begin) - len(kept)
         is_whole = max(map(len, responses)) + len(after) <= room
         responses = [ids[:room] for ids in responses]
-        if len(responses) == 2 and responses[0] == responses[1]:
+        if len(responses) > 1 and all(ids == responses[0] for ids in responses):
             raise Dropped("the two responses are equal in tokens" + " after truncation" * is_too_long)
 
         # What counts of the prompt: all, or the earlier answers that did not lose their beginning. From the
@@ -482,8 +467,15 @@ class Encoder:
         report.used += 1
         report.cut += is_too_long
         arrays = [np.array(ids[first:] + response, np.int32) for response in responses]
-        weights = None if first == len(ids) else (
-            np.array(weights[first:] + [1] * len(responses[0]), np.float32),)
+        own = [[1] * len(response) for response in responses]
+        for k, of_characters in enumerate(row.weights or ()):
+            if of_characters:
+                said = row.responses[k]["content"] if row.is_chat else row.responses[k]
+                own[k] = self.cutter.token_weights(of_characters, said, texts[k], *cut[k], len(own[k]))
+        weights = None if first == len(ids) and not row.weights else tuple(
+            np.array(weights[first:] + counted, np.float32) for counted in own)
+        if weights and not all(map(np.any, weights)):
+            raise Dropped("no token of a response counts")
         return Example(row.where, np.array(ids[:first], np.int32), tuple(arrays), row.columns, weights,
                        np.array(after, np.int32), is_whole)
 

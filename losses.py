@@ -119,6 +119,13 @@ def spin_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
                     reference_rejected_logps, beta=beta, sft_weight=sft_weight)
 
 
+def own_answer_as_rejected(example, answers):
+    """SPIN's pairs: the data's response, and the policy's own answer, unless that is the same."""
+    if answers[0].tolist() == example.responses[0].tolist():
+        return None
+    return example.with_responses(example.responses[0], answers[0])
+
+
 def rm_loss(policy_chosen_scores, policy_rejected_scores, *, center_weight=0.0):
     """A reward model's Bradley-Terry loss (Ouyang et al. 2022, arXiv:2203.02155, Eq. 1).
 
@@ -210,48 +217,77 @@ def check(allowed, name, value, rule):
 
 @dataclass(frozen=True)
 class Objective:
-    """What the rest of the code asks about a loss; it never asks for a loss by name.
+    """What the rest of the code asks about a loss; it never asks for a loss by name. See docs/losses.md.
 
-    loss: the function. needs_pairs: it takes two responses. needs_reference: and the frozen model's view of
-    them. inputs: what it takes of the models: `logps` of responses, a scalar head's `scores`, or the `logits`
-    of tokens.
-    needs_teacher: the reference must be named in the config. self_play: the rejected responses are the
-    policy's own, sampled anew in each iteration, and the reference is the policy at the iteration's start.
-    evaluated_as: the loss of held-out examples, where it is another. columns: keyword tensors (B,) that
-    `loss` takes besides the keys of its config block, from the data or, for batches.COMPUTED_COLUMNS, from
-    the batch.
+    What `loss` gets by position: of the policy and then, if it needs_reference, of the frozen one, `inputs`:
+    the log-probability of a response (`logps`), a scalar head's `scores`, or the `logits` of tokens. (B,) of
+    one response, of two if it needs_pairs (chosen, rejected); (B, K) of any number if it needs_lists.
+    By name: keys of its config block; `columns`, numbers of the data, (B,), of lists also (B, K), or one of
+    batches.COMPUTED_COLUMNS; and what token_values(policy_logits[, reference_logits], targets), of logits
+    (n, V), gives as {name: (n,)}, summed over each response: chosen_name, rejected_name, of lists name.
+    by_token: all that is read of tokens comes as (B, T), with chosen_mask and rejected_mask, of lists mask.
+    whole_batch: it compares examples, and is called once for the global batch, however a step is cut.
     average: what a batch's losses are divided by, its `examples` or its response `tokens`; a key `average` in
-    the loss's config block overrides it.
+    the loss's config block overrides it. evaluated_as: the loss of held-out examples, where it is another.
+    needs_teacher: the reference must be named in the config.
+
+    add_responses(examples) -> examples: adds to the one response of each row, once, before the first step.
+    self_play(example, answers[, scores]) -> Example, list or None: what is trained on of a prompt and the
+    policy's own answers, arrays of ids, drawn in each iteration, and judged if it names scores.
+    after_step(step, metrics, policy, reference, state) -> state: numbers that move with the run, which `loss`
+    gets by name, over its block's. moves_reference: the reference moves, by after_step, or in self-play to
+    the policy as each iteration begins. These functions take keys of the block by name as well.
     """
 
     loss: Callable
     needs_pairs: bool
     needs_reference: bool
+    needs_lists: bool = False
     inputs: str = "logps"
-    needs_teacher: bool = False
-    self_play: bool = False
-    evaluated_as: str | None = None
     columns: tuple[str, ...] = ()
+    token_values: Callable | None = None
+    by_token: bool = False
+    whole_batch: bool = False
     average: str = "examples"
+    evaluated_as: str | None = None
+    needs_teacher: bool = False
+    add_responses: Callable | None = None
+    self_play: Callable | None = None
+    after_step: Callable | None = None
+    moves_reference: bool = False
 
     @property
     def reads_pairs(self):
         """Whether a row must bring both responses."""
-        return self.needs_pairs and not self.self_play
+        return self.needs_pairs and not self.self_play and not self.add_responses
+
+    @property
+    def reads_lists(self):
+        return self.needs_lists and not self.self_play and not self.add_responses
+
+    @property
+    def in_stages(self):
+        """Whether each iteration of self-play has its own schedule, and the policy at its start as ref."""
+        return bool(self.self_play) and self.moves_reference
 
     def bound(self, settings: dict):
-        """The same with those settings of its config block put into `loss` that its signature names."""
-        known = inspect.signature(self.loss).parameters
-        loss = functools.partial(self.loss, **{name: settings[name] for name in settings if name in known})
-        return replace(self, loss=loss, average=settings.get("average", self.average))
+        """The same with the settings of its config block put into its functions, where they name them."""
+        bound = {"average": settings.get("average", self.average)}
+        for name in FUNCTIONS:
+            if function := getattr(self, name):
+                named = [p.name for p in inspect.signature(function).parameters.values()
+                         if p.kind == p.KEYWORD_ONLY and p.name in settings]
+                bound[name] = functools.partial(function, **{key: settings[key] for key in named})
+        return replace(self, **bound)
 
-    def denominator(self, examples) -> int:
+    def denominator(self, examples) -> int | float:
         """What the sum of a global batch's losses is divided by."""
         if self.average == "tokens":
             return sum(length for example in examples for length in example.lengths)
         return len(examples)
 
 
+FUNCTIONS = ("loss", "token_values", "add_responses", "self_play", "after_step")  # that take settings
 OBJECTIVES = {
     "sft": Objective(sft_loss, needs_pairs=False, needs_reference=False),
     "dpo": Objective(dpo_loss, needs_pairs=True, needs_reference=True),
@@ -259,7 +295,8 @@ OBJECTIVES = {
                      columns=("chosen_length", "rejected_length")),
     "rpo": Objective(rpo_loss, needs_pairs=True, needs_reference=True,
                      columns=("chosen_reward", "rejected_reward")),
-    "spin": Objective(spin_loss, needs_pairs=True, needs_reference=True, self_play=True, evaluated_as="sft"),
+    "spin": Objective(spin_loss, needs_pairs=True, needs_reference=True, self_play=own_answer_as_rejected,
+                      moves_reference=True, evaluated_as="sft"),
     "rm": Objective(rm_loss, needs_pairs=True, needs_reference=False, inputs="scores"),
     "kd": Objective(kd_loss, needs_pairs=False, needs_reference=True, needs_teacher=True, inputs="logits",
                     average="tokens"),

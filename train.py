@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     # Torch takes seconds to import: only now, when what is mistyped has been refused.
     from data import DATASETS, load_data
     from engine.checkpoints import load_config, lock_folder
-    from engine.distributed import MAX_HOURS, num_ranks, start_ranks
+    from engine.distributed import MAX_HOURS, WAITS, num_ranks, start_ranks
     from engine.dry_run import print_dry_run
     from engine.report import print_results
     from losses import OBJECTIVES
@@ -38,16 +38,17 @@ def main(arguments: list[str]) -> int:
             print(f"This run is finished: its last step, {trainer.step}, is in {checkpoint}.")
             return 0
         trainer.start_folder()
-        stopped_by = trainer.train()  # 0, the number of a signal, or MAX_HOURS
+        stopped_by = trainer.train()  # 0, the number of a signal, MAX_HOURS or WAITS
 
     if not stopped_by:
         print_results(trainer.folder.lines("metrics.jsonl"), config.run_dir, trainer.saved_step, objective)
         return 0
-    name = "max_hours" if stopped_by == MAX_HOURS else signal.Signals(stopped_by).name
+    names = {MAX_HOURS: "max_hours", WAITS: f"{config.loss}.answers=wait"}
+    name = names.get(stopped_by) or signal.Signals(stopped_by).name
     command = "torchrun ..." if num_ranks() > 1 else "python"
     print(f"Stopped by {name} after step {trainer.step} of {trainer.num_steps}; all is saved. To go on:\n"
           f"  {command} train.py resume=true run_dir={shlex.quote(os.path.relpath(config.run_dir))}")
-    return 0 if stopped_by == MAX_HOURS else 128 + stopped_by
+    return {MAX_HOURS: 0, WAITS: 75}.get(stopped_by, 128 + stopped_by)
 
 
 def build_trainer(config, checkpoint: str | None = None):
@@ -75,7 +76,7 @@ def build_trainer(config, checkpoint: str | None = None):
     policy = load_model(checkpoint or config.model, run_data.model_config, config, tokenizer, head)
     reference = reward_model = None
     if objective.needs_reference:
-        path = reference_path(config, objective.self_play, checkpoint)
+        path = reference_path(config, objective.in_stages, checkpoint)
         reference = load_beside("reference", path, config, tokenizer) if path else policy
     if config.reward_model:
         reward_model = load_beside("reward_model", config.reward_model, config, tokenizer, "scores")

@@ -11,14 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from engine import InputError
-from engine.batches import Batch, Batcher, Example, default_max_tokens, stream
-from engine.cache import REFERENCE_COLUMNS, ReferenceCache, score_or_read
+from engine.batches import LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens, stream
+from engine.cache import ReferenceCache, score_or_read
 from engine.checkpoints import COUNTERS, Checkpoints, RunFolder, read_state, restore_state, save_model
-from engine.distributed import (Stopped, StopRequest, device, from_first, full_tensor, meta_copy, num_ranks,
-                                shard, sum_over_ranks, sync_gradients)
-from engine.forward import (choose_layouts, read_tokens, response_logps, response_scores,
-                            sum_over_responses)
+from engine.distributed import (WAITS, Stopped, StopRequest, device, from_first, full_tensor, meta_copy,
+                                num_ranks, shard, sum_over_ranks, sync_gradients)
+from engine.forward import choose_layouts, response_logps, response_scores
 from engine.models import as_steps, fingerprint, learning_rate, make_optimizer
+from engine.objectives import (SELF_PLAY, WEIGHT, call_loss, can_cache, join, parameters, read_values,
+                               step_state, token_losses)
 from engine.report import advance, describe_failure, print_evaluation, print_samples, progress
 from engine.sampling import Sampler, SelfPlay
 from losses import OBJECTIVES, Objective
@@ -40,6 +41,7 @@ class Trainer:
         self.train_examples = [] if self.objective.self_play else run_data.train_examples
         self.step = self.examples = self.first_step = self.first_examples = 0
         self.iteration = -1 if self.objective.self_play else 0
+        self.state, self.opponent = {}, None  # what after_step moves; who answered this iteration's prompts
         # What a loss takes of a model: (K, B).
         self.response_values = response_scores if self.objective.inputs == "scores" else response_logps
         # bf16: by autocast, on one device; shards cast by themselves.
@@ -61,6 +63,10 @@ class Trainer:
             reference = copy.deepcopy(policy)
         self.policy = shard(policy, config).train()
         self.reference = reference and shard(reference, config).eval().requires_grad_(False)
+        self.first_reference = self.reference  # from which samples/kl is measured
+        if self.objective.moves_reference and not self.objective.in_stages:
+            first = reference if num_ranks() > 1 else copy.deepcopy(reference)
+            self.first_reference = shard(first, config).eval().requires_grad_(False)
         self.reward_model = reward_model and shard(reward_model, config).eval().requires_grad_(False)
         self.fingerprints = {**run_data.fingerprints,
                              "reference": self.reference and fingerprint(self.reference),
@@ -68,7 +74,8 @@ class Trainer:
         models = self.policy, self.reference
         self.sampler = Sampler(config, run_data, self.batcher, models, self.reward_model, self.bf16)
         if self.objective.self_play:
-            self.self_play = SelfPlay(config, run_data, self.folder, self.sampler)
+            is_judged = "scores" in parameters(self.objective.self_play)[0]
+            self.self_play = SelfPlay(config, run_data, self.folder, self.sampler, is_judged)
         self.optimizer = make_optimizer(self.policy.parameters(), config)
         self.bind_settings()
         if checkpoint:
@@ -88,9 +95,10 @@ class Trainer:
     def bind_settings(self):
         """Puts settings into the losses, and sets lr: a list has a value for each iteration of self-play."""
         block = getattr(self.config, self.config.loss, {})
+        block = SELF_PLAY | block if self.objective.self_play else block
         self.settings = {name: value[self.iteration] if isinstance(value, list) else value
                          for name, value in block.items()}
-        self.train_objective = self.eval_objective = self.objective.bound(self.settings)
+        self.train_objective = self.eval_objective = self.objective.bound(self.settings | self.state)
         if other := self.objective.evaluated_as:  # self-play as SFT on the data's responses
             self.eval_objective = OBJECTIVES[other].bound(getattr(self.config, other))
         self.lr = self.config.lr if self.settings.get("lr") is None else self.settings["lr"]
@@ -144,6 +152,7 @@ class Trainer:
         # The global batch is the same on any number of ranks; each takes its share, in microbatches.
         examples, microbatches = self.next_global_batch or self.make_global_batch(self.num_used)
         denominator = objective.denominator(examples)  # examples, or response tokens, of all ranks
+        microbatches = self.joined(microbatches, examples, objective)
 
         # Forward, loss, backward: the microbatches' gradients add up to that of the global batch's mean loss.
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,34 +180,40 @@ class Trainer:
                 self.step + 1, metrics, examples, microbatches, all_losses, self.saved_step))
 
         # The update, at this step's learning rate.
-        step, num_steps = self.step - self.first_step, self.last_step - self.first_step
+        step, num_steps = self.step, self.num_steps
+        if objective.in_stages:
+            step, num_steps = self.step - self.first_step, self.last_step - self.first_step
         metrics["lr"] = learning_rate(step, num_steps, self.lr, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = metrics["lr"]
         self.optimizer.step()
         self.step += 1
         self.examples += len(examples)
+        if objective.after_step:
+            self.state = step_state(objective, self.step, metrics, self.policy, self.reference, self.state)
+            self.bind_settings()
         self.throughput.update(examples=len(examples), tokens=sum(example.num_tokens for example in examples),
                                seconds=time.perf_counter() - started)
         return metrics | self.epoch_metrics()
 
     def compute_losses(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict]:
         """A microbatch's losses (B,), which carry the gradient, and its metrics, each (B,) and detached."""
-        columns = {name: batch.columns[name] for name in objective.columns}
+        if batch.joint and not torch.is_grad_enabled():
+            return batch.joint[:2]
         if objective.inputs == "logits":  # distillation: both models' distributions at each response token
-            return token_losses(functools.partial(objective.loss, **columns), [self.policy, self.reference],
-                                batch, self.bf16)
-        values = [*self.response_values(self.policy, batch, self.bf16)]  # of chosen, of rejected: (B,) each
-        if objective.needs_reference and REFERENCE_COLUMNS[0] in batch.columns:  # computed once, at the start
-            values += [batch.columns[name] for name in REFERENCE_COLUMNS[:len(values)]]
-        elif objective.needs_reference:
-            with torch.no_grad():
-                values += self.response_values(self.reference, batch, self.bf16)
-        losses, metrics = objective.loss(*values, **columns)
-        if objective.self_play:
-            metrics |= {"generated/length": batch.columns["rejected_length"],
-                        "generated/finished": batch.columns["finished"]}
-        return losses, metrics
+            return token_losses(objective, [self.policy, self.reference], batch, self.bf16)
+        values = self.read_values(batch, objective)  # of policy and reference, and columns: (B,) each
+        losses, metrics = call_loss(objective, values, batch)
+        return losses, metrics | {name: x for name, x in batch.columns.items() if name[:10] == "generated/"}
+
+    def read_values(self, batch, objective):
+        return read_values(objective, self.policy, self.reference, batch, self.bf16)
+
+    def joined(self, batches, examples, objective):
+        """The batches; if the loss is one of the whole batch, with what it says of each beside all others."""
+        if not objective.whole_batch:
+            return batches
+        return join(objective, functools.partial(self.read_values, objective=objective), examples, batches)
 
     def make_global_batch(self, start: int) -> tuple[list[Example], list[Batch]]:
         """The examples of the step that begins so far into the stream, and this rank's share of them."""
@@ -218,7 +233,7 @@ class Trainer:
         objective, sums, by_source = self.eval_objective, {}, {}
         for source, examples in self.data.eval_sources.items():
             own = {}
-            for batch in self.batcher.eval_share(examples, "evaluating"):
+            for batch in self.joined(self.batcher.eval_share(examples, "evaluating"), examples, objective):
                 add_to_sums(own, batch, *self.compute_losses(batch, objective))
             if len(self.data.eval_sources) > 1:
                 means = mean_metrics(own, objective, examples)
@@ -237,16 +252,17 @@ class Trainer:
         sampler, kl = self.sampler, None
         answers = {"policy": sampler.answers(self.policy)}  # lists of ids
         scores = {"policy": sampler.scores(answers["policy"])}  # {name: float} of each
-        if self.reference and not self.objective.self_play:  # there it is another in each iteration
+        reference = self.first_reference
+        if reference and not self.objective.in_stages:  # there it is another in each iteration
             if self.reference_waits:
-                self.reference.to(device())
+                reference.to(device())
             if self.reference_samples is None:  # neither its weights nor the noise change
-                drawn = sampler.answers(self.reference)
+                drawn = sampler.answers(reference)
                 self.reference_samples = drawn, sampler.scores(drawn)
             answers["reference"], scores["reference"] = self.reference_samples
-            kl = sampler.kl(self.policy, self.reference, answers["policy"])
+            kl = sampler.kl(self.policy, reference, answers["policy"])
             if self.reference_waits:
-                self.reference.to("cpu")
+                reference.to("cpu")
         records = sampler.records(answers, scores)
         self.folder.log_samples(self.step, records)
         print_samples(self.step, records)
@@ -256,27 +272,45 @@ class Trainer:
 
     @torch.no_grad()
     def next_iteration(self):
-        """Self-play: freezes the policy as the opponent and pairs its answers with the data's responses.
+        """Self-play: the policy answers prompts, and what the objective makes of its answers is trained on.
 
-        Before the first, at iteration -1, the run has evaluated and saved the first opponent.
+        Where the reference moves, it is from here on the policy as it is now. Before the first, at iteration
+        -1, the run has evaluated and saved the first opponent.
         """
-        self.reference.load_state_dict(self.policy.state_dict())
-        self.fingerprints["reference"] = opponent = fingerprint(self.reference)
-        self.self_play.write_answers(self.reference, opponent, self.iteration + 1)
+        opponent = fingerprint(self.policy)
+        self.policy.eval()
+        if not self.self_play.write_answers(self.policy, opponent, self.iteration + 1):
+            self.stop.reason = WAITS  # until they come from elsewhere
+            raise Stopped
+        self.policy.train()
+        self.opponent = opponent
+        if self.objective.in_stages:
+            self.reference.load_state_dict(self.policy.state_dict())
+            self.fingerprints["reference"] = self.opponent
         self.iteration, self.first_step, self.first_examples = self.iteration + 1, self.step, self.examples
-        self.train_examples, self.next_global_batch = self.self_play.pairs(opponent, self.iteration), None
         self.bind_settings()
+        self.train_examples, self.next_global_batch = self.make_examples(), None
         if self.iteration > 0 and self.settings["reset_optimizer"]:
             self.optimizer = make_optimizer(self.policy.parameters(), self.config)
 
+    def make_examples(self):
+        """What this iteration of self-play is trained on."""
+        score = self.score if self.reward_model else None
+        return self.self_play.examples(self.train_objective.self_play, self.opponent, self.iteration, score)
+
     def fill_in_rewards(self):
-        """Gives pairs that came without rewards those of the reward model."""
+        """Gives rows that came without rewards those of the reward model."""
         lacking = [example for example in [*self.data.train_examples, *self.data.eval_examples]
                    if None in example.columns.values()]
-        if lacking:
-            scores = functools.partial(response_scores, self.reward_model, bf16=self.bf16)
-            score = functools.partial(self.batcher.values, scores, title="scoring pairs")
-            score_or_read(lacking, self.folder, self.fingerprints["reward_model"], score)
+        for example, scores in zip(lacking, self.score(lacking) if lacking else ()):
+            example.columns |= {LIST_REWARDS: scores} if self.objective.needs_lists else dict(
+                zip(REWARDS, scores))
+
+    def score(self, examples) -> list[list[float]]:
+        """The reward model's score of each response."""
+        scores = functools.partial(response_scores, self.reward_model, bf16=self.bf16)
+        score = functools.partial(self.batcher.values, scores, title="scoring")
+        return score_or_read(examples, self.folder, self.fingerprints["reward_model"], score)
 
     @torch.no_grad()
     def fill_in_reference(self):
@@ -287,8 +321,7 @@ class Trainer:
         reference, which waits for them in the host's memory, or goes.
         """
         config, rows = self.config, self.data.train_examples
-        if not (self.objective.needs_reference and self.objective.inputs == "logps" and config.reference_cache
-                and not self.objective.self_play):
+        if not (config.reference_cache and can_cache(self.objective)):
             return
         cache = ReferenceCache(self.reference, self.fingerprints["reference"], config, self.bf16)
         limit = self.max_steps * config.batch_size
@@ -304,7 +337,7 @@ class Trainer:
         cache.report()
         if rows or self.max_steps == 0:  # all its numbers are known
             is_sampled = evaluates and len(self.data.sample_examples) > 0
-            self.reference = self.reference if is_sampled else None
+            self.reference = self.first_reference = self.reference if is_sampled else None
             self.reference_waits = is_sampled and self.reference.device.type != "cpu"  # where it is already
             if self.reference_waits:
                 self.reference.to("cpu")
@@ -332,7 +365,8 @@ class Trainer:
         """Optimizer steps of the whole run, at most: of iterations to come some pairs will be dropped."""
         total, mixed = self.last_step, bool(self.settings.get("mix_previous"))
         for iteration in range(self.iteration + 1, self.settings.get("iterations", 1)):
-            num_rows = len(self.data.train_examples) * (1 + (mixed and iteration > 0))
+            num_rows = self.settings["num_prompts"] or len(self.data.train_examples)
+            num_rows *= 1 + (mixed and iteration > 0)
             total += math.ceil(self.num_to_use(num_rows) / self.config.batch_size)
         return min(total, self.max_steps)
 
@@ -340,6 +374,11 @@ class Trainer:
     def is_finished(self):
         is_last = self.iteration + 1 >= self.settings.get("iterations", 1)
         return self.step >= self.max_steps or (is_last and self.step >= self.last_step)
+
+    @property
+    def ends_stage(self):
+        """Whether the run, or an iteration that is one of its own, has come to its last step."""
+        return self.step == self.last_step and (self.objective.in_stages or self.is_finished)
 
     def epoch_metrics(self):
         """Metrics that say where in its data, and in self-play in which iteration, the run stands."""
@@ -354,13 +393,13 @@ class Trainer:
         every = as_steps(self.config.eval_every, len(self.data.train_examples), self.config.batch_size)
         if self.step == 0:
             return every > 0 and self.config.eval_first
-        return every > 0 and (self.step % every == 0 or self.step == self.last_step)
+        return every > 0 and (self.step % every == 0 or self.ends_stage)
 
     def save_is_due(self):
-        if self.step == self.saved_step or (self.step == 0 and not self.objective.self_play):
-            return False  # self-play saves its first opponent
+        if self.step == self.saved_step or (self.step == 0 and not self.objective.in_stages):
+            return False  # there the first opponent is saved
         every = as_steps(self.config.save_every, len(self.data.train_examples), self.config.batch_size)
-        return self.step == self.last_step or (every > 0 and self.step % every == 0)
+        return self.ends_stage or (every > 0 and self.step % every == 0)
 
     # ------------------------------------------------------------ what is recorded, and read back
 
@@ -379,15 +418,17 @@ class Trainer:
         """Starts wandb, writes config.yaml, and keeps the weights of a reference that came from no folder."""
         self.folder.start(self.config, self.saved_step)
         is_tiny = (self.config.reference or self.config.model) == "tiny"
-        if is_tiny and self.reference and self.saved_step is None and not self.objective.self_play:
-            save_model(self.folder.path("reference"), self.reference, self.data.tokenizer)
+        if is_tiny and self.first_reference and self.saved_step is None and not self.objective.in_stages:
+            save_model(self.folder.path("reference"), self.first_reference, self.data.tokenizer)
 
     def save(self):
         """Saves all that a resume needs as step-<step>; spares what self-play's opponent needs."""
         state = {name: getattr(self, name) for name in COUNTERS} | self.fingerprints
         state |= {"began": self.data.began, "prompt_template": self.config.prompt_template}
-        spared = self.first_step if self.objective.self_play else None
-        self.checkpoints.save(self.policy, self.optimizer, state, spared)
+        state |= {"state": self.state, "opponent": self.opponent}
+        spared = self.first_step if self.objective.in_stages else None
+        moved = self.reference if self.first_reference is not self.reference else None
+        self.checkpoints.save(self.policy, self.optimizer, state, spared, moved)
         self.saved_step = self.step
 
     def restore(self, checkpoint):
@@ -399,11 +440,13 @@ class Trainer:
                 raise InputError(f"the {what} is not what this run began with: put it back, or start anew")
         for name in COUNTERS:
             setattr(self, name, state[name])
-        restore_state(checkpoint, self.step, self.policy, self.optimizer, self.config)
+        self.state, self.opponent = state["state"], state["opponent"] or state["reference"]
+        moved = self.reference if self.first_reference is not self.reference else None
+        restore_state(checkpoint, self.step, self.policy, self.optimizer, self.config, moved)
         self.saved_step = self.step
-        if self.objective.self_play and self.iteration >= 0:
-            self.train_examples = self.self_play.pairs(self.fingerprints["reference"], self.iteration)
         self.bind_settings()
+        if self.objective.self_play and self.iteration >= 0:
+            self.train_examples = self.make_examples()
 
     def rewind_records(self):
         """Cuts metrics.jsonl and samples.jsonl back to the step that is saved, or to none; clears what an
@@ -413,16 +456,6 @@ class Trainer:
         kept = self.folder.rewind("metrics.jsonl", lambda line: line["step"] <= last)
         self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
         self.folder.rewind("samples.jsonl", lambda line: line["step"] in self.evaluated_steps)
-
-
-def token_losses(loss, models, batch, bf16) -> tuple[torch.Tensor, dict]:
-    """A loss of the models' logits at each response token, summed by response: losses (B,), metrics (B,)."""
-    def loss_and_metrics(*logits_and_targets):
-        losses, metrics = loss(*logits_and_targets)
-        return {"loss": losses, **metrics}
-    values = read_tokens(loss_and_metrics, models, batch, bf16)
-    losses = sum_over_responses(values.pop("loss"), batch)[0]
-    return losses, {name: sum_over_responses(value.detach(), batch)[0] for name, value in values.items()}
 
 
 def add_to_sums(sums: dict, batch: Batch, losses: torch.Tensor, metrics: dict):
@@ -435,16 +468,16 @@ def add_to_sums(sums: dict, batch: Batch, losses: torch.Tensor, metrics: dict):
         sums[name] = sums.get(name, 0) + (torch.zeros_like(total) if batch.is_idle else total)
 
 
-def mean_metrics(sums: dict, objective: Objective, examples: list[Example]) -> dict[str, float]:
+def mean_metrics(sums: dict, objective: Objective, examples: list[Example]) -> dict[str, float | None]:
     """{name: mean} over these examples, the sums being this rank's. Waits for the device, once.
 
-    The loss is divided by the objective's denominator, a metric by the number of examples or, where the loss
-    is one of each token, of tokens.
+    The loss is divided by the objective's denominator, a metric by the number of examples or by the sum of
+    its own weights; where that is 0 there is no mean.
     """
-    denominator = objective.denominator(examples)
-    totals = sum_over_ranks(torch.stack(list(sums.values())).tolist())
-    means = {name: total / (denominator if name == "loss" or objective.inputs == "logits" else len(examples))
-             for name, total in zip(sums, totals)}
+    totals = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values())).tolist())))
+    weights = {name: totals.get((name, WEIGHT), len(examples)) for name in totals if isinstance(name, str)}
+    weights["loss"] = objective.denominator(examples)
+    means = {name: totals[name] / weight if weight else None for name, weight in weights.items()}
     if "rewards/mean_square" in means:
         variance = means.pop("rewards/mean_square") - means["rewards/mean"] ** 2
         means["rewards/std"] = math.sqrt(max(0.0, variance)) if math.isfinite(variance) else math.nan

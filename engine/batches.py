@@ -12,24 +12,26 @@ import torch
 from engine.distributed import StopRequest, device, from_all, num_ranks, rank
 from engine.report import progress
 
-COMPUTED_COLUMNS = ("chosen_length", "rejected_length")  # an objective's columns that no row has to bring
-REWARDS = ("chosen_reward", "rejected_reward")  # columns that a reward model can fill
+COMPUTED_COLUMNS = ("chosen_length", "rejected_length", "lengths")  # that no row has to bring
+REWARDS, LIST_REWARDS = ("chosen_reward", "rejected_reward"), "rewards"  # that a reward model can fill
+CACHED = "reference_logps"  # the column of the reference's log-probabilities, once they are computed
 
 
 @dataclass
 class Example:
     """Token ids of one row, as int32 arrays, responses with their end token unless it was cut off.
 
-    columns: numbers of the data, and what a reference or reward model has said of the responses.
-    prompt: what stands before the first token that counts. token_weights: of each response float32, one for
-    each token: 0 for context between answers. None: all 1. after: ids that a chat template writes after a
-    response, where reward models are read. is_whole: whether no response is cut, and there is room for these.
+    columns: numbers of the data, and what a reference or reward model has said of the responses; a list has
+    one for each response. prompt: what stands before the first token that counts. token_weights: of each
+    response float32, one for each token: 0 for context between answers. None: all 1. after: ids that a chat
+    template writes after a response, where reward models are read. is_whole: whether no response is cut, and
+    there is room for these.
     """
 
     where: str
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
-    columns: dict[str, float]
+    columns: dict[str, float | list[float]]
     token_weights: tuple[np.ndarray, ...] | None = None
     after: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     is_whole: bool = True
@@ -40,16 +42,27 @@ class Example:
             return np.ones(len(self.responses[k]), np.float32)
         return self.token_weights[k]
 
+    def num_counting(self, k):
+        """How many of response k's tokens count."""
+        return np.count_nonzero(self.weights(k))
+
     @property
     def lengths(self):
-        """Tokens of each response that count."""
-        return tuple(map(np.count_nonzero, self.token_weights)) if self.token_weights else (
-            tuple(map(len, self.responses)))
+        """Tokens of each response, as they count: the sums of their weights."""
+        if self.token_weights is None:
+            return tuple(map(len, self.responses))
+        return tuple(float(weights.sum()) for weights in self.token_weights)
+
+    def with_responses(self, *responses, **columns):
+        """The same prompt with these responses, arrays of ids of which all count, and more columns."""
+        arrays = tuple(np.asarray(ids, np.int32) for ids in responses)
+        return replace(self, responses=arrays, columns=self.columns | columns, token_weights=None)
 
     def rendered(self):
         """The same without columns, its responses to the end of the chat template's rendering if they fit."""
         responses = tuple(np.append(ids, self.after) for ids in self.responses)
-        return replace(self, columns={}, responses=responses if self.is_whole else self.responses)
+        responses = responses if self.is_whole else self.responses
+        return replace(self, columns={}, responses=responses, token_weights=None)
 
     @property
     def fingerprint(self) -> bytes:
@@ -101,10 +114,13 @@ class Layout:
 
     def rows(self, examples, max_tokens=math.inf):
         """Rows, lists of places in `examples`, which come longest first. They end with the first example that
-        the budget of tokens, padding counted, has no room for; the first always goes in."""
+        has another number of responses, or for which the budget of tokens, padding counted, has no room; the
+        first always goes in."""
         rows, room, width = [], [], 0
         for place, example in enumerate(examples):
             own = self.width(example)
+            if len(example.responses) != len(examples[0].responses):
+                break
             i = next((i for i, left in enumerate(room) if self.shared and left >= own), len(rows))
             if i == len(rows):
                 width = max(width, own)
@@ -134,7 +150,7 @@ def microbatches(examples, num_parts, max_tokens, layouts=(SEPARATE,)) -> list[t
     The budget counts padding; an example beyond it goes alone. Each microbatch gets the cheapest of the
     layouts.
     """
-    ordered = sorted(examples, key=layouts[-1].width, reverse=True)
+    ordered = sorted(examples, key=lambda x: (len(x.responses), layouts[-1].width(x)), reverse=True)
     parts = []
     for i in range(num_parts):
         rest = ordered[i * len(ordered) // num_parts:(i + 1) * len(ordered) // num_parts]
@@ -179,7 +195,8 @@ class Batch:
     targets: (N,) int64, those tokens, response after response, all chosen before all rejected.
     token_weights: (N,) float32, how much each counts.
     lengths, ends: (K * B,) int64, how many of a response's tokens count, and the place of its last one.
-    columns: name -> (B,) float.
+    columns: name -> (B,) float, or (B, K).
+    joint: what a loss of the whole batch says of it; see objectives.join.
     is_idle: whether it is there only to keep pace with other ranks, and its numbers count nowhere.
 
     One pair, prompt [5, 6], chosen [7, 1], rejected [8, 9, 1], separate and shared:
@@ -204,6 +221,7 @@ class Batch:
     ends: torch.Tensor
     columns: dict[str, torch.Tensor]
     is_idle: bool = False
+    joint: tuple | None = None
 
     def to(self, target: torch.device):
         """On a GPU the copies are queued, and nobody waits for them."""
@@ -245,7 +263,8 @@ def collate(examples: list[Example], dtype=torch.float32, layout=SEPARATE) -> Ba
     answers = [(x.responses[k], x.weights(k)) for k in range(num_responses) for x in examples]
     counted = [np.flatnonzero(weights) for _, weights in answers]
     columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
-    columns |= dict(zip(COMPUTED_COLUMNS, zip(*(example.lengths for example in examples))))
+    lengths = [example.lengths for example in examples]
+    columns |= dict(zip(COMPUTED_COLUMNS, zip(*lengths))) | {COMPUTED_COLUMNS[-1]: lengths}
     tensors = (input_ids, positions, *((segments, prompts) if layout.shared else (None, None)),
                np.concatenate([places[at] for places, at in zip(states, counted)]),
                np.concatenate([ids[at] for (ids, _), at in zip(answers, counted)]).astype(np.int64),

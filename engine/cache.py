@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import os
 import secrets
 import tempfile
@@ -13,13 +14,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine import InputError
-from engine.batches import REWARDS, Batcher, Example
+from engine.batches import CACHED, REWARDS, Batcher, Example
 from engine.checkpoints import RunFolder, sync
 from engine.distributed import device, from_first, num_ranks, raise_on_all_ranks, rank
 from engine.forward import response_logps
 from engine.report import progress
-
-REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")  # of examples, once filled in
 
 
 class ReferenceCache:
@@ -56,20 +55,22 @@ class ReferenceCache:
         shapes = [(len(part), layout.shared) for part, layout in batcher.eval_parts(examples)]
         digest = hashlib.sha256(repr([*self.reference, shapes, self.arithmetic]).encode())
         for example in examples:
-            for ids in (example.prompt, *example.responses):
+            for ids in (example.prompt, *example.responses, *(example.token_weights or ())):
                 digest.update(len(ids).to_bytes(4) + ids.tobytes())
         path = os.path.join(self.folder, digest.hexdigest() + ".safetensors")
-        shape = (len(examples), len(examples[0].responses))
-        logps = from_first(read_checked(path, shape) if rank() == 0 else None)
+        counts = [len(example.responses) for example in examples]
+        logps = from_first(read_checked(path, (len(counts), max(counts))) if rank() == 0 else None)
         if logps is None:
             self.num_computed += len(examples)
-            logps = torch.tensor(batcher.values(self.logps, examples, "reference"), dtype=torch.float64)
+            rows = batcher.values(self.logps, examples, "reference")
+            rows = [row + [math.nan] * (max(counts) - len(row)) for row in rows]
+            logps = torch.tensor(rows, dtype=torch.float64)
             if rank() == 0:
                 write_checked(path, logps)
         else:
             self.num_found += len(examples)
-        for example, row in zip(examples, logps.tolist()):
-            example.columns |= dict(zip(REFERENCE_COLUMNS, row))
+        for example, count, row in zip(examples, counts, logps.tolist()):
+            example.columns[CACHED] = row[:count]
 
     def report(self):
         tqdm.write(f"reference  log-probabilities of {self.num_found:,} rows read from {self.folder}, of "
@@ -100,22 +101,22 @@ def read_checked(path, shape):
 
 
 @torch.no_grad()
-def score_or_read(examples: list[Example], folder: RunFolder, fingerprint: str, score):
-    """Puts a reward model's scores into the columns of pairs that lack rewards: read, where they were kept.
+def score_or_read(examples: list[Example], folder: RunFolder, fingerprint: str, score) -> list[list[float]]:
+    """A reward model's score of each response of these examples: read, where it was kept.
 
-    score(examples) -> [[of chosen, of rejected]]. rewards.jsonl keeps them, under a key of judge and ids.
+    score(examples) -> the same. rewards.jsonl keeps them, under a key of judge and ids.
     """
-    kept = folder.rewind("rewards.jsonl", lambda line: {"key", *REWARDS} <= line.keys())
-    known = {line["key"]: line for line in kept}
-    for start in progress(range(0, len(examples), 1000), "rewards, 1,000 pairs at a time"):
+    kept = folder.rewind("rewards.jsonl", lambda line: {"key", *REWARDS} <= line.keys() or "rewards" in line)
+    known, scores = {line["key"]: line for line in kept}, []
+    for start in progress(range(0, len(examples), 1000), "rewards, 1,000 rows at a time"):
         part = [example.rendered() for example in examples[start:start + 1000]]
         keys = [hashlib.sha256(b"|".join([fingerprint.encode(), *(ids.tobytes() for ids in (
             example.prompt, *example.responses))])).hexdigest() for example in part]
         if not known.keys() >= set(keys):
-            scored = [{"key": key, "where": example.where, **dict(zip(REWARDS, scores))}
-                      for key, example, scores in zip(keys, part, score(part))]
+            scored = [{"key": key, "where": example.where,
+                       **(dict(zip(REWARDS, row)) if len(row) == 2 else {"rewards": row})}
+                      for key, example, row in zip(keys, part, score(part))]
             folder.write("rewards.jsonl", scored)
             known = {line["key"]: line for line in scored} | known
-        for key, example in zip(keys, examples[start:start + 1000]):
-            example.columns |= {name: known[key][name] for name in REWARDS}
-    tqdm.write(f"{len(examples):,} pairs without rewards have those of reward_model, in rewards.jsonl")
+        scores += [known[key].get("rewards") or [known[key][name] for name in REWARDS] for key in keys]
+    return scores

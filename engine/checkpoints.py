@@ -16,13 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine import InputError, first_line
 from engine.config import (ROOT, Dumper, as_namespace, check_changes, check_config, flatten, read_schema,
                            read_yaml)
-from engine.distributed import (TIMEOUT, check_devices, from_first, full_state_dict, num_ranks,
+from engine.distributed import (TIMEOUT, check_devices, from_first, full_state_dict, full_tensor, num_ranks,
                                 raise_on_all_ranks, rank, wait_for_all)
 from engine.models import check_optimizer, make_optimizer
+from engine.objectives import check_table
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process needs none
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
@@ -47,7 +50,8 @@ def load_config(given: dict, objectives: dict, datasets: dict):
         before, run_dir = as_namespace(own, datasets), config.run_dir
         config = as_namespace(own | given, datasets)
         config.run_dir = run_dir  # the folder may have been moved
-        check_changes(before, config, given, objectives[before.loss].self_play)
+        check_changes(before, config, given, bool(objectives[before.loss].self_play))
+    check_table(objectives, read_schema()[0])
     check_config(config, objectives)
     check_devices(config)
     check_optimizer(config)
@@ -212,6 +216,7 @@ class Checkpoints:
             state.json       COUNTERS and FINGERPRINTS
             rng.pt           random state
             optimizer/       what the optimizer remembers: each rank's share, by torch.distributed.checkpoint
+            reference.safetensors  a reference that moves by itself
 
     form: the policy without weights, a meta_copy; it writes the model's own configurations, of which sampling
     exchanges the policy's for generation. keep: how many checkpoints stay, or None.
@@ -224,10 +229,10 @@ class Checkpoints:
             self.thread = concurrent.futures.ThreadPoolExecutor(1)
             self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if num_ranks() > 1 else None
 
-    def save(self, policy, optimizer, state: dict, spared=None):
+    def save(self, policy, optimizer, state: dict, spared=None, moved=None):
         """Saves all that a resume needs as step-<step>. state: counters and fingerprints, with `step`.
 
-        spared: a step whose checkpoint stays, however many are kept.
+        spared: a step whose checkpoint stays, however many are kept. moved: a reference that is kept too.
         """
         self.finish()
         self.folder.sync()
@@ -235,11 +240,13 @@ class Checkpoints:
                "cuda": torch.cuda.get_rng_state_all() if num_ranks() == 1 else []}
         weights = full_state_dict(policy, copied=self.thread is not None)
         optimizer = optimizer_state(policy, optimizer)
+        moved = moved and {name: full_tensor(x.detach()).to("cpu", copy=True)
+                           for name, x in moved.named_parameters()}
         if self.thread is None:
-            self.write(state, rng, weights, optimizer, spared)
+            self.write(state, rng, weights, optimizer, spared, moved)
             return
         optimizer = {k: x.to("cpu", copy=True) if torch.is_tensor(x) else x for k, x in optimizer.items()}
-        self.in_progress = self.thread.submit(self.write, state, rng, weights, optimizer, spared)
+        self.in_progress = self.thread.submit(self.write, state, rng, weights, optimizer, spared, moved)
 
     def check(self):
         """Raises what went wrong with a checkpoint that was written meanwhile."""
@@ -252,7 +259,7 @@ class Checkpoints:
             self.in_progress.result()
             self.in_progress = None
 
-    def write(self, state, rng, weights, optimizer, spared):
+    def write(self, state, rng, weights, optimizer, spared, moved=None):
         """Writes it whole beside its final name, renames it, and only then moves LATEST to it.
 
         All ranks write their shares of the optimizer's state, the first what else there is.
@@ -265,6 +272,8 @@ class Checkpoints:
                 self.tokenizer.save_pretrained(partial)
                 os.makedirs(beside, exist_ok=True)  # others may have begun
                 torch.save(rng, os.path.join(beside, "rng.pt"))
+                if moved:
+                    save_file(moved, os.path.join(beside, "reference.safetensors"))
                 with open(os.path.join(beside, "state.json"), "w") as file:
                     json.dump(state, file)
             dcp.save(optimizer | {"step": state["step"]}, checkpoint_id=os.path.join(beside, "optimizer"),
@@ -361,16 +370,16 @@ def sync(path):
 # ---------------------------------------------------------------- reading it back
 
 
-def reference_path(config, self_play: bool, checkpoint: str | None) -> str | None:
+def reference_path(config, in_stages: bool, checkpoint: str | None) -> str | None:
     """Where the reference is; None: it is the policy as it starts.
 
-    In self-play a checkpoint keeps the policy of the iteration's start; a reference that came from no folder
-    is kept in the run's.
+    In stages a checkpoint keeps the policy of the iteration's start; a reference that came from no folder is
+    kept in the run's.
     """
     path = config.reference or config.model
     if path == config.model and not checkpoint:
         return None
-    if self_play:
+    if in_stages:
         return os.path.join(config.run_dir, f"step-{read_state(checkpoint)['first_step']:06d}")
     return os.path.join(config.run_dir, "reference") if path == "tiny" and checkpoint else path
 
@@ -388,9 +397,9 @@ def read_state(checkpoint: str) -> dict:
                          "point LATEST at a whole one, or start a new run")
     try:
         with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
-            absent = dict.fromkeys(COUNTERS[2:], 0) | dict.fromkeys(("reward_model", "tokens", "began"))
-            state = absent | json.load(file)
-        return {name: state[name] for name in (*COUNTERS, *FINGERPRINTS, "began")}
+            later = dict.fromkeys(("reward_model", "tokens", "began", "opponent"))
+            state = dict.fromkeys(COUNTERS[2:], 0) | later | {"state": {}} | json.load(file)
+        return {name: state[name] for name in (*COUNTERS, *FINGERPRINTS, "began", "opponent", "state")}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"checkpoint {checkpoint} is damaged, its state.json is not whole: point LATEST at "
                          "another one, or start a new run") from error
@@ -401,13 +410,19 @@ def read_began(checkpoint: str | None) -> str | None:
     return checkpoint and read_state(checkpoint)["began"]
 
 
-def restore_state(checkpoint, step, policy, optimizer, config):
-    """Puts back the random state and what the optimizer remembered. Raises InputError if it is damaged."""
+def restore_state(checkpoint, step, policy, optimizer, config, moved=None):
+    """Puts back the random state, what the optimizer remembered and, into `moved`, a reference that moves.
+    Raises InputError if it is damaged."""
     folder = os.path.join(checkpoint, "trainer_state")
     try:
         rng = torch.load(os.path.join(folder, "rng.pt"), map_location="cpu")
         if step > 0:
             restore_optimizer(os.path.join(folder, "optimizer"), policy, optimizer, config)
+        if moved:
+            kept = load_file(os.path.join(folder, "reference.safetensors"))
+            for name, x in moved.named_parameters():
+                x.copy_(distribute_tensor(kept[name].to(x.device), x.device_mesh, x.placements)
+                        if isinstance(x, DTensor) else kept[name])
     except (Exception, dcp.CheckpointException) as error:  # which is no Exception
         raise InputError(f"checkpoint {checkpoint} is damaged, its trainer_state cannot be read: "
                          f"{first_line(error)}") from error

@@ -224,7 +224,7 @@ def check_config(config, objectives):
 
 def check_models(config, objective):
     """Raises InputError where the models that are named are not those that the loss reads."""
-    if objective.self_play and config.reference:
+    if objective.in_stages and config.reference:
         raise InputError(f"reference={config.reference} does not go with loss={config.loss}, whose reference "
                          "is the policy at the start of each iteration: leave it out")
     if objective.needs_teacher and not config.reference:

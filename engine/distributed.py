@@ -24,7 +24,7 @@ from engine import InputError
 
 START = time.monotonic()  # max_hours counts from here
 TIMEOUT = datetime.timedelta(minutes=30)  # a rank waits for the others no longer
-MAX_HOURS = 1000  # why a run stopped, besides the numbers of signals
+MAX_HOURS, WAITS = 1000, 1001  # why a run stopped, besides the numbers of signals: the last for answers
 
 
 # ---------------------------------------------------------------- ranks
@@ -127,7 +127,7 @@ class Stopped(Exception):
 class StopRequest:
     """Whether a rank has been asked to stop, of which all hear at the same step.
 
-    reason: 0, the number of a signal, or MAX_HOURS.
+    reason: 0, the number of a signal, MAX_HOURS or WAITS.
     """
 
     def __init__(self, max_hours: float | None):
@@ -232,6 +232,13 @@ def sync_gradients(model, wanted):
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
         model.set_is_last_backward(wanted)
+
+
+def reshard(model):
+    """Lets go of what is gathered of a model that ran without a backward: all its weights are shards then."""
+    for module in model.modules() if model else ():  # layers too, where reshard_after_forward=false
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def with_root_unsharded(model, function):

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from engine.distributed import decoder_layers, reduce_dtype
 from engine.forward import CHUNK_LOGITS, decoder_of
 from engine.models import load_model, make_optimizer
+from engine.objectives import can_cache
 from engine.report import print_lines
 
 
@@ -44,7 +45,7 @@ def print_dry_run(config, objective, run_data, path):
     lines += [("", f"{in_all / 2**20:>12,.1f} MiB  in all, with microbatches of {num_rows:,} x "
                    f"{length:,} tokens")]
     if objective.needs_reference:
-        waits = config.reference_cache and objective.inputs == "logps" and not objective.self_play
+        waits = config.reference_cache and can_cache(objective)
         lines += [("", f"{held['weights'] / 2**20:>12,.1f} MiB  more for a reference as large, "
                        + ("until its numbers are known" if waits else "which stays"))]
     lines += [("data", f"{len(examples):,} rows and {num_tokens:,} tokens, "

@@ -78,6 +78,16 @@ def read_tokens(function: Callable, models: list, batch: Batch, bf16=False) -> d
     return dict(zip(names, values))
 
 
+def token_kls(policy_logits, reference_logits, targets) -> dict[str, torch.Tensor]:
+    """KL(policy || reference) over the vocabulary at each token: {"kl": (n,)}, nats, at least 0.
+
+    Of vocabularies of two sizes it is over the tokens of both: embeddings may be padded beyond.
+    """
+    width = min(policy_logits.shape[-1], reference_logits.shape[-1])
+    policy, reference = (logits[:, :width].log_softmax(-1) for logits in (policy_logits, reference_logits))
+    return {"kl": F.kl_div(reference, policy, reduction="none", log_target=True).sum(-1).clamp(min=0)}
+
+
 def response_scores(model: PreTrainedModel, batch: Batch, bf16=False) -> torch.Tensor:
     """A reward model's scores (K, B) of the responses: its head at each one's last token."""
     with autocast(bf16), shared_attention(model, batch):

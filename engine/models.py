@@ -136,6 +136,9 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
                          "choose the tokenizer that belongs to the model")
     if num_ranks() == 1 and not blank:
         model = model.to(device())
+        for x in model.parameters():
+            if x.data_ptr() % 64:  # as in a file; where weights lie may change the last bit of a product
+                x.data = x.data.clone()
     if not blank and (num_ranks() == 1 or "flash" not in (config.attention or "")):  # not on a CPU
         check_causal(model, path)
     model.get_input_embeddings().padding_idx = None  # or an end token that also pads would not learn

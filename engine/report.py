@@ -70,7 +70,7 @@ def print_summary(config, objective, run_data, policy, num_steps, resumed_at=Non
         lines.append(("devices", f"{num_ranks()}, with {replicas} x {num_ranks() // replicas} shards"))
     lines += [("", f"  {name} was {value}, set to 0") for name, value in run_data.dropouts.items()]
     if objective.needs_reference:
-        own = "the policy at each iteration's start" if objective.self_play else (
+        own = "the policy at each iteration's start" if objective.in_stages else (
             "the model's starting weights")
         lines.append(("reference", config.reference or own))
     if config.reward_model:
@@ -139,7 +139,7 @@ def progress(what, title, leave=False, **options):
 
 def advance(bar, metrics):
     """Moves the bar of training on by a step, with what that step's metrics are."""
-    shown = [name for name in ("loss", "rewards/accuracies") if name in metrics]
+    shown = [name for name in ("loss", "rewards/accuracies") if metrics.get(name) is not None]
     bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
     bar.update()
 

@@ -4,8 +4,9 @@ import contextlib
 import functools
 import hashlib
 import math
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +17,13 @@ from transformers import (GenerationConfig, LogitsProcessor, PreTrainedModel, To
                           TopPLogitsWarper)
 
 from engine import InputError
-from engine.batches import Batcher, Example
+from engine.batches import Batcher, Example, stream
 from engine.checkpoints import RunFolder
-from engine.distributed import device, from_all, num_ranks, raise_on_all_ranks, rank, unsharded, wait_for_all
-from engine.forward import autocast, response_logps, response_scores
+from engine.distributed import (device, from_all, from_first, num_ranks, raise_on_all_ranks, rank, unsharded,
+                                wait_for_all)
+from engine.forward import (autocast, read_tokens, response_logps, response_scores, sum_over_responses,
+                            token_kls)
+from engine.objectives import SELF_PLAY, parameters
 from engine.report import progress
 
 
@@ -125,6 +129,11 @@ class Sampler:
     def is_finished(self, ids):
         return len(ids) > 0 and ids[-1] in self.end_ids
 
+    def to_the_end(self, example, ids):
+        """An answer to the end of a chat's rendering, where it is finished and there is room."""
+        has_room = len(example.prompt) + len(ids) + len(example.after) <= self.positions
+        return [*ids, *example.after.tolist()] if self.is_finished(ids) and has_room else [*ids]
+
     def text(self, ids):
         """An answer's, without its end token."""
         return self.data.tokenizer.decode(ids[:-1] if self.is_finished(ids) else ids)
@@ -141,10 +150,14 @@ class Sampler:
         return [answers[number] for number in range(len(prompts))]
 
     def kl(self, policy, reference, answers) -> float:
-        """Mean over answers of log pi - log ref on the sampled ids, in nats, clipped below at 0."""
-        def ratios(batch):
-            return response_logps(policy, batch, self.bf16) - response_logps(reference, batch, self.bf16)
-        return max(0.0, sum(ratio for ratio, in self.values(ratios, answers, "KL")) / len(answers))
+        """KL(policy || reference) of whole answers, nats: token_kls summed over the sampled tokens, averaged.
+
+        Its expectation over the policy's own samples is that of log pi - log ref, its noise a fraction.
+        """
+        def sums(batch):
+            kls = read_tokens(token_kls, [policy, reference], batch, self.bf16)["kl"]
+            return sum_over_responses(kls, batch)
+        return sum(kl for kl, in self.values(sums, answers, "KL")) / len(answers)
 
     def scores(self, answers) -> list[dict[str, float]]:
         """Of each answer the data's true scores, where they are known, and the reward model's `reward`."""
@@ -156,9 +169,7 @@ class Sampler:
                 scores[i] = {name: float(value) for name, value in known.items()}
         if self.reward_model:
             learned = functools.partial(response_scores, self.reward_model, bf16=self.bf16)
-            ended = [ids + example.after.tolist() if self.is_finished(ids) and (
-                len(example.prompt) + len(ids) + len(example.after) <= self.positions) else ids
-                     for ids, example in zip(answers, self.examples)]  # to the end of a chat's rendering
+            ended = [self.to_the_end(*pair) for pair in zip(self.examples, answers)]
             for known, (reward,) in zip(scores, self.values(learned, ended, "scoring samples")):
                 if "reward" in known:
                     known["true_reward"] = known.pop("reward")
@@ -214,34 +225,56 @@ def score_metrics(scores, reference_scores=None, kl=None, optimal_reward=None) -
 
 
 class SelfPlay:
-    """The opponents' answers to every training prompt, and the pairs of the data's responses and these.
+    """The policy's answers to training prompts, in iterations, and what is trained on of them.
 
-    generated-<iteration>.jsonl keeps the answers; a resumed run samples only those that it lacks. Opponents
-    are known by their fingerprints.
+    generated-<iteration>.jsonl keeps the answers, drawn here or, with answers=wait, elsewhere; a resumed run
+    samples only those that it lacks.
     """
 
-    def __init__(self, config, run_data, folder: RunFolder, sampler: Sampler):
-        self.config, self.data, self.examples = config, run_data, run_data.train_examples
-        self.folder, self.sampler, self.block = folder, sampler, getattr(config, config.loss)
+    def __init__(self, config, run_data, folder: RunFolder, sampler: Sampler, is_judged=False):
+        self.config, self.data, self.folder, self.sampler = config, run_data, folder, sampler
+        self.settings = SELF_PLAY | getattr(config, config.loss)
+        if is_judged and not (config.reward_model or run_data.judge):
+            raise InputError(f"loss={config.loss} judges its answers: name a reward_model, or train and "
+                             "evaluate on data that know the rewards, as toy")
+
+    def prompted(self, iteration) -> list[Example]:
+        """The examples that are answered in an iteration, as often as they are: all, or the next num_prompts
+        of the stream."""
+        examples, count = self.data.train_examples, self.settings["num_prompts"]
+        if count:
+            rows = stream(len(examples), iteration * count, (iteration + 1) * count, seed=self.config.seed,
+                          shuffle=self.config.shuffle)
+            examples = [examples[row] for row in rows]
+        return [example for example in examples for _ in range(self.settings["num_answers"])]
 
     def key(self, opponent: str, iteration: int) -> str:
         """Stands in every answer of an iteration: of another opponent or other sampling it is another."""
-        parts = [self.block[name] for name in ("temperature", "top_p", "top_k", "max_tokens")]
+        parts = [self.settings[name] for name in ("temperature", "top_p", "top_k", "max_tokens")]
         data = self.data.fingerprints["data"]
         parts += [self.config.max_length, self.config.seed, iteration, data, opponent]
+        if self.settings["num_prompts"] or self.settings["num_answers"] > 1:
+            parts += [self.settings["num_prompts"], self.settings["num_answers"]]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def write_answers(self, model: PreTrainedModel, opponent: str, iteration: int):
-        """Draws the model's answers of an iteration into its file."""
-        name, key, examples = f"generated-{iteration:02d}.jsonl", self.key(opponent, iteration), self.examples
-        sampling = {option: self.block[option] for option in ("temperature", "top_p", "top_k")}
+    def write_answers(self, model: PreTrainedModel, opponent: str, iteration: int) -> bool:
+        """Draws the model's answers of an iteration into its file; False where others are to do so first."""
+        name, key = f"generated-{iteration:02d}.jsonl", self.key(opponent, iteration)
+        examples = self.prompted(iteration)
+        sampling = {option: self.settings[option] for option in ("temperature", "top_p", "top_k")}
         prompts = [example.prompt for example in examples]
-        limits = [min(self.block["max_tokens"], self.config.max_length - len(prompt)) for prompt in prompts]
+        limits = [min(self.settings["max_tokens"], self.config.max_length - len(x)) for x in prompts]
         seeds = [zlib.crc32(f"{self.config.seed} {iteration} {row}".encode())  # a CPU generator reads 32 bits
                  for row in range(len(examples))]
+        draw = functools.partial(self.sampler.batches, model, sampling=sampling)
+        if self.settings["answers"] == "wait":
+            return self.have_come(name, draw, model, [
+                {"row": row, "where": example.where, "prompt": self.data.tokenizer.decode(example.prompt),
+                 "ids": example.prompt.tolist(), "max_tokens": limit, "seed": seed, **sampling, "key": key}
+                for row, (example, limit, seed) in enumerate(zip(examples, limits, seeds))])
         known = {line["row"] for line in self.folder.rewind(name, lambda line: line.get("key") == key)}
         tqdm.write(f"iteration {iteration}: answering {len(examples):,} prompts, {len(known):,} in {name}")
-        for rows, answers in self.sampler.batches(model, prompts, limits, seeds, sampling, known):
+        for rows, answers in draw(prompts, limits, seeds, known=known):
             if known.intersection(rows):  # of a batch that was written in part all is written again
                 self.folder.rewind(name, lambda line, rows=rows: line["row"] not in rows)
             self.folder.write(name, [
@@ -249,35 +282,90 @@ class SelfPlay:
                  "response": self.sampler.text(ids), "finished": self.sampler.is_finished(ids), "ids": ids,
                  "key": key}
                 for row, ids in zip(rows, answers)])
+        return True
+
+    def have_come(self, name, draw, model, asked) -> bool:
+        """Whether answers made elsewhere are there, and the model's: if not, prompts-<iteration>.jsonl asks.
+
+        Raises InputError where they are no answers of this model, by their log-probabilities under it.
+        """
+        if not from_first(os.path.exists(self.folder.path(name))):
+            prompts = name.replace("generated", "prompts")
+            self.folder.rewind(prompts, lambda line: False)
+            self.folder.write(prompts, asked)
+            tqdm.write(f"{self.folder.path(prompts)} has {len(asked):,} prompts to be answered: put "
+                       f"{{row, ids}} of each answer into {name} beside it, and resume")
+            return False
+        answers, some = self.answers_of(name, len(asked), asked[0]["key"]), asked[:256]
+        if too_long := [row for row, line in enumerate(asked) if len(answers[row]) > line["max_tokens"]]:
+            raise InputError(f"{name}: the answer of row {too_long[0]} has more tokens than max_tokens there")
+        prompts = [np.array(line["ids"], np.int32) for line in some]
+        limits, seeds = ([line[key] for line in some] for key in ("max_tokens", "seed"))
+        own = {i: ids for rows, drawn in draw(prompts, limits, seeds) for i, ids in zip(rows, drawn)}
+        pairs = [Example("", prompt, (np.array(answers[i], np.int32), np.array(own[i], np.int32)), {})
+                 for i, prompt in enumerate(prompts)]
+        logps = self.sampler.batcher.values(
+            functools.partial(response_logps, model, bf16=self.sampler.bf16), pairs, "checking answers")
+        means = np.array([[x / len(ids) for x, ids in zip(row, pair.responses)]
+                          for row, pair in zip(logps, pairs)])
+        gap = means[:, 0] - means[:, 1]
+        if abs(gap.mean()) > 5 * gap.std() / math.sqrt(len(gap)) + 0.01:
+            raise InputError(
+                f"the answers in {name} have a mean log-probability of {means[:, 0].mean():.3f} nats a token "
+                f"under this run's policy, its own answers one of {means[:, 1].mean():.3f}: draw them from "
+                f"the weights in {self.folder.path('LATEST')}, with the settings in the file of prompts")
+        return True
 
     @raise_on_all_ranks
-    def pairs(self, opponent: str, iteration: int) -> list[Example]:
-        """The data's responses against this iteration's answers and, with mix_previous, the one's before."""
+    def examples(self, make: Callable, opponent: str, iteration: int, score=None) -> list[Example]:
+        """What make(example, answers[, scores]) makes of this iteration's answers and, with mix_previous, of
+        those of the one before. score(examples) judges, else the data do."""
         wait_for_all()  # until the last answer is written
-        pairs, num_equal = [], 0
-        first = max(0, iteration - 1) if self.block["mix_previous"] else iteration
+        made, num_dropped, count = [], 0, self.settings["num_answers"]
+        first = max(0, iteration - 1) if self.settings["mix_previous"] else iteration
         for number in range(first, iteration + 1):
-            answers = self.answers_of(number, self.key(opponent, number) if number == iteration else None)
-            for row in sorted(answers):
-                example, ids = self.examples[row], answers[row]
-                if ids == example.responses[0].tolist():
-                    num_equal += 1
-                    continue
-                pairs.append(replace(
-                    example, responses=(example.responses[0], np.array(ids, np.int32)),
-                    columns={"finished": float(self.sampler.is_finished(ids))}))
-        tqdm.write(f"iteration {iteration}: {len(pairs):,} pairs, {num_equal:,} dropped, equal to the data's")
-        return pairs
+            examples, key = self.prompted(number), self.key(opponent, number) if number == iteration else None
+            answers = self.answers_of(f"generated-{number:02d}.jsonl", len(examples), key)
+            groups = [[np.array(answers[row], np.int32) for row in range(start, start + count)]
+                      for start in range(0, len(examples), count)]
+            scores = self.judge(examples[::count], groups, score) if "scores" in parameters(make)[0] else None
+            for i, (example, group) in enumerate(zip(examples[::count], groups)):
+                found = make(example, group, *([scores[i]] if scores else []))
+                found = [*found] if isinstance(found, list | tuple) else [] if found is None else [found]
+                if not all(isinstance(x, Example) and all(map(len, x.responses)) for x in found):
+                    raise InputError(f"loss={self.config.loss}: self_play must give Examples with responses "
+                                     "that are not empty, as example.with_responses(...) does, or None")
+                num_dropped += not found
+                own = {"generated/length": sum(map(len, group)) / count,
+                       "generated/finished": sum(map(self.sampler.is_finished, group)) / count}
+                made += [replace(x, columns=x.columns | own) for x in found]
+        tqdm.write(f"iteration {iteration}: {len(made):,} examples, {num_dropped:,} prompts gave none, "
+                   "as where answers are equal, or the data's")
+        return made
 
-    def answers_of(self, iteration, key):
-        """{row: ids} of an iteration; key None takes any. Raises InputError if an answer is not there."""
-        name = f"generated-{iteration:02d}.jsonl"
+    def judge(self, examples, groups, score) -> list[list[float]]:
+        """A score of each answer."""
+        if score:
+            return score([replace(x.with_responses(*(self.sampler.to_the_end(x, ids) for ids in group)),
+                                  is_whole=False) for x, group in zip(examples, groups)])
+        def reward(example, ids):
+            prompt, ids = self.data.tokenizer.decode(example.prompt), ids.tolist()
+            is_finished = self.sampler.is_finished(ids)
+            return self.data.judge.scores(prompt, self.sampler.text(ids), is_finished)["reward"]
+        return [[float(reward(x, ids)) for ids in group] for x, group in zip(examples, groups)]
+
+    def answers_of(self, name, count, key=None) -> dict[int, list[int]]:
+        """{row: ids} of a file; key None takes any. Raises InputError if an answer is not there, or twice."""
+        size = self.data.model_config.get_text_config().vocab_size
         try:
-            answers = {line["row"]: line["ids"] for line in self.folder.lines(name)
-                       if key is None or line["key"] == key}
-        except (ValueError, TypeError, KeyError):
-            answers = {}
-        if answers.keys() != set(range(len(self.examples))):
-            raise InputError(f"{self.folder.path(name)} has not one whole line for each answer of iteration "
-                             f"{iteration}, which this run needs: put it back, or start a new run")
-        return answers
+            answers = [(line["row"], line["ids"]) for line in self.folder.lines(name)
+                       if key is None or line.get("key", key) == key]
+            is_whole = sorted(row for row, _ in answers) == list(range(count)) and all(
+                ids and all(type(x) is int and 0 <= x < size for x in ids) for _, ids in answers)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            is_whole = False
+        if not is_whole:
+            raise InputError(f"{self.folder.path(name)} has not one whole line for each of the {count:,} "
+                             "answers that this run needs, with ids of its vocabulary: put it back, or start "
+                             "a new run")
+        return dict(answers)

@@ -62,6 +62,22 @@ class TokenCutter:
         cuts = list(itertools.accumulate(map(len, parts)))[:-1]
         return self.cut("".join(parts), cuts, self.encode_mentioning)
 
+    def token_weights(self, weights, said, text, ids, places, count) -> list[float]:
+        """Weights of a response's `count` tokens: of each that of its last character.
+
+        weights: of the characters of what is said in it and, last, of what follows. text: the whole one, with
+        ids and places as cut_ids gives them. Raises Dropped where places in it cannot be told.
+        """
+        encoding = self.encode(text)
+        offsets = getattr(encoding, "offsets", None) if list(encoding.ids) == list(ids) else None
+        start, stop = places[-2:]
+        blank = len(said) - len(said.lstrip())  # which some tokenizers count to no token
+        begin = text.find(said, max(0, offsets[start][0] - blank)) if offsets and GUARD not in text else -1
+        if begin < 0:
+            raise Dropped("the places of its weights cannot be told: text or tokens are not the row's own")
+        own = [weights[min(max(0, last - 1 - begin), len(said))] for _, last in offsets[start:stop]]
+        return (own + [weights[-1]] * (count - len(own)))[:count]
+
     def encode(self, text):
         return self.encode_batch([text])[0]
 

@@ -13,6 +13,7 @@ SHARED = os.path.join(os.path.dirname(ROOT), "shared")
 import dataclasses
 import fcntl
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -26,8 +27,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import data
 import train
 from engine import InputError
+from engine.batches import COMPUTED_COLUMNS
 from engine.checkpoints import load_config
-from engine.config import as_namespace, read_arguments
+from engine.config import as_namespace, read_arguments, read_schema
+from engine.objectives import parameters
 from engine.toy import toy
 from losses import OBJECTIVES
 
@@ -39,6 +42,7 @@ FEW_ROWS = os.path.join(TEMPORARY.name, "few.jsonl")  # 400 pairs of toy: a run 
 FORTY = os.path.join(TEMPORARY.name, "forty.jsonl")
 TINY_RUN = [f"data={FEW_ROWS}", "eval_data=toy", "num_eval_examples=8", "batch_size=4", "max_steps=3",
             "sample_max_tokens=8", "num_samples=2"]
+OWN = ("sft", "dpo", "ipo", "rpo", "spin", "rm", "kd")  # the project's; a fork's table has more
 UNREPEATABLE = ("split", "time", "examples_per_second", "tokens_per_second")
 
 
@@ -72,6 +76,49 @@ def shared(*parts):
 
 write_lines(FEW_ROWS, toy("train", True)[:400])
 write_lines(FORTY, toy("train", True)[:40])
+
+
+# ---------------------------------------------------------------- forks
+
+
+PLACES = {  # of a page's pieces of code: what parts them, the file, what they come before or after
+    "loss_function": (r"^(?=def )", "losses.py", "def check(", None),
+    "loss_row": (r'^(?=    ")', "losses.py", None, "OBJECTIVES = {\n"),
+    "loss_config": (r"^(?=\w)", "config.yaml", None, None),
+    "dataset_function": (r"^(?=def )", "data.py", "@dataclass(frozen=True)\nclass Dataset:", None),
+    "dataset_row": (r'^(?=    ")', "data.py", None, "DATASETS = {\n")}
+
+
+def pieces_of(page):
+    """{name: code} of a page's blocks that have a name."""
+    return dict(re.findall(r"<!-- (\w+) -->\n```(?:python|yaml)\n(.*?)```", page, re.S))
+
+
+def copy_project(folder):
+    """A copy of what runs."""
+    shutil.copytree(os.path.join(ROOT, "engine"), folder / "engine",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "losses.py", "trainers.py", "data.py", "config.yaml"):
+        shutil.copy(os.path.join(ROOT, name), folder)
+    return folder
+
+
+def adopt(copy, page):
+    """Puts a page's pieces of code into a copy, where the README says; what stands there already stays."""
+    for name, code in pieces_of(page).items():
+        parting, path, before, after = PLACES[name]
+        text = (copy / path).read_text(encoding="utf-8")
+        for piece in filter(str.strip, re.split(parting, code, flags=re.M)):
+            first = re.match(r" *(def \w+\(|\"?\w+\"?:)", piece)[0]
+            if re.search("^" + re.escape(first), text, re.M):
+                continue
+            if before or after:
+                assert text.count(before or after) == 1
+            if before:
+                text = text.replace(before, piece.rstrip() + "\n\n\n" + before)
+            else:
+                text = text.replace(after, after + piece) if after else text + piece
+        (copy / path).write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- runs in this process
@@ -116,8 +163,20 @@ def make_trainer(*arguments):
 
 
 def needed(loss, sft_run):
-    """The settings without which a loss does not start, and those that make it quick."""
-    return {"kd": [f"reference={sft_run}/LATEST"], "spin": ["spin.max_tokens=8"]}.get(loss, [])
+    """The settings without which a loss does not start, and those that make it quick; of one that a fork has
+    adopted, rows with all that it may read."""
+    if loss in OWN:
+        return {"kd": [f"reference={sft_run}/LATEST"], "spin": ["spin.max_tokens=8"]}.get(loss, [])
+    objective, keys, rows = OBJECTIVES[loss], read_schema()[0], toy("train", True)[:40]
+    for i, row in enumerate(rows):
+        texts = [row["chosen"], row["rejected"], rows[i - 1]["chosen"], rows[i - 1]["rejected"]]
+        row |= {name: [1, 2, 3, 4] if objective.needs_lists else i % 2
+                for name in objective.columns if name not in (*COMPUTED_COLUMNS, *row)} | {"responses": texts}
+    path = write_lines(os.path.join(TEMPORARY.name, f"{loss}.jsonl"), rows)
+    judged = "scores" in parameters(objective.self_play)[0]
+    return [f"model={sft_run}/LATEST", f"data={path}", f"eval_data={'toy' if judged else path}",
+            *([f"reference={sft_run}/LATEST"] if objective.needs_teacher else []),
+            *([f"{loss}.max_tokens=32"] if f"{loss}.max_tokens" in keys else [])]
 
 
 # ---------------------------------------------------------------- runs that many tests use

@@ -6,6 +6,7 @@ A fork is there at once, and what befalls it, the troubles at the end included, 
 
 import faulthandler
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import time
 import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODULES = ("engine", "losses", "data", "trainers", "train")  # the project's
 NUMBERS = itertools.count()
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # by gloo, whatever GPUs there are
 
@@ -36,15 +38,16 @@ def server():
     return process, folder, TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def begin(num_ranks, *arguments, function="main", trouble=None, rank=None, seconds=90):
+def begin(num_ranks, *arguments, function="main", trouble=None, rank=None, seconds=90, project=ROOT):
     """Starts a function of this module on so many ranks, which end after so many seconds; returns the job.
 
-    trouble: one of those below, with its arguments, of this rank or of all.
+    trouble: one of those below, with its arguments, of this rank or of all. project: whose modules run.
     """
     process, folder, store = server()
     number = next(NUMBERS)
     job = {"folder": os.path.join(folder.name, str(number)), "cwd": os.getcwd(), "num_ranks": num_ranks,
-           "function": function, "arguments": arguments, "trouble": trouble, "rank": rank, "seconds": seconds}
+           "function": function, "arguments": arguments, "trouble": trouble, "rank": rank, "seconds": seconds,
+           "project": project}
     if num_ranks > 1:  # what torchrun tells the ranks
         job["environment"] = {
             "WORLD_SIZE": str(num_ranks), "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
@@ -135,8 +138,10 @@ def work(job, rank):
     faulthandler.dump_traceback_later(job["seconds"], exit=True)  # rather than hang
     if job["num_ranks"] > 1:
         os.environ.update(job["environment"] | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    engine.distributed.START = time.monotonic()
     try:
+        if job["project"] != ROOT:
+            import_from(job["project"])
+        engine.distributed.START = time.monotonic()
         if job["trouble"] and job["rank"] in (rank, None):
             meet(job["trouble"])
         answer = globals()[job["function"]](*job["arguments"])
@@ -150,6 +155,15 @@ def work(job, rank):
         file.flush()
     write(job, f"answer{rank}", answer)
     os._exit(0)
+
+
+def import_from(folder):
+    """The project's modules anew, as they are in a copy; what they import stays."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in MODULES]:
+        del sys.modules[name]
+    sys.path.insert(0, folder)
+    globals().update({name: importlib.import_module(name) for name in MODULES})
+    importlib.import_module("engine.distributed")
 
 
 def write(job, name, value):
@@ -169,6 +183,16 @@ def meet(trouble):
 
 def main(*arguments):
     return train.main(list(arguments))
+
+
+def several(*runs):
+    """Runs in one process, one after another."""
+    return [main(*arguments) for arguments in runs]
+
+
+def rows(name, count):
+    """The first rows of a dataset of the table."""
+    return list(data.DATASETS[name].load("train", True))[:count]
 
 
 def script(*arguments):
@@ -193,6 +217,13 @@ def talk():
 
 
 # ---------------------------------------------------------------- troubles
+
+
+def exact_norms():
+    """transformers' RMSNorm computes in float32 even in float64 models: its last bit is 6e-8, not 1e-16."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    LlamaRMSNorm.forward = lambda self, x: self.weight * x * torch.rsqrt(
+        x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
 
 def keep_in_step():
@@ -270,6 +301,13 @@ def die_in_save():
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, state, *arguments)
     Checkpoints.write = dying
+
+
+def row(name, instead_of="dpo"):
+    """A row of fork_rows.py stands in another's place."""
+    from fork_rows import ROWS
+    from losses import OBJECTIVES
+    OBJECTIVES[instead_of] = ROWS[name]
 
 
 def compiled():

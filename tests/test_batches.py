@@ -36,7 +36,7 @@ def test_collate_as_its_docstring_says():
     assert batch.lengths.tolist() == [2, 3] and batch.ends.tolist() == [3, 9]
     assert batch.token_weights.tolist() == [1, 1, 1, 1, 1] and batch.token_weights.dtype == torch.float32
     assert {name: column.tolist() for name, column in batch.columns.items()} == {
-        "chosen_reward": [2.5], "chosen_length": [2.0], "rejected_length": [3.0]}
+        "chosen_reward": [2.5], "chosen_length": [2.0], "rejected_length": [3.0], "lengths": [[2.0, 3.0]]}
     assert {column.dtype for column in batch.columns.values()} == {torch.float32}
     batch = collate([example([5, 6], [7, 1], chosen_reward=0.1)], torch.float64)  # one response
     assert batch.input_ids.tolist() == [[5, 6, 7, 1]] and batch.ends.tolist() == [3]

@@ -13,8 +13,8 @@ from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, losses_of, make_trainer, nu
                       read_lines, same_weights, start, write_bare_pairs, write_lines)
 
 import trainers
-from engine.batches import Batcher, Example, collate
-from engine.cache import REFERENCE_COLUMNS, read_checked, score_or_read, write_checked
+from engine.batches import CACHED, Batcher, Example, collate
+from engine.cache import read_checked, score_or_read, write_checked
 from engine.checkpoints import RunFolder
 from engine.distributed import device
 from engine.forward import response_scores
@@ -71,7 +71,7 @@ def test_reference_log_probabilities_are_the_reference_models(dpo):
                     for example in examples]
     trainer.fill_in_reference()
     for example, values in zip(examples, expected):
-        assert [example.columns[name] for name in REFERENCE_COLUMNS] == pytest.approx(values, rel=1e-6)
+        assert example.columns[CACHED] == pytest.approx(values, rel=1e-6)
         assert {"chosen_reward", "rejected_reward"} <= example.columns.keys()
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_cache_file_is_computed_again(damage, dpo, capsys):
         assert reference_rows(printed) == ((60, 0) if round == 2 else (0, 60))
         assert ("is damaged and computed again" in printed) is (round == 1)
         rows = trainer.data.train_examples
-        values.append([example.columns[name] for example in rows for name in REFERENCE_COLUMNS])
+        values.append([example.columns[CACHED] for example in rows])
         (name,) = os.listdir("runs/reference_cache")
         with open(f"runs/reference_cache/{name}", "rb") as file:
             content = file.read()
@@ -173,8 +173,8 @@ def test_a_run_that_does_not_see_every_row_computes_no_more_than_it_sees(setting
     capsys.readouterr()
     trainer.fill_in_reference()
     assert reference_rows(capsys.readouterr().out) == (0, 68 if seen else 8)
-    assert all((REFERENCE_COLUMNS[0] in example.columns) is seen for example in trainer.data.train_examples)
-    assert all(REFERENCE_COLUMNS[0] in example.columns for example in trainer.data.eval_examples)
+    assert all((CACHED in example.columns) is seen for example in trainer.data.train_examples)
+    assert all(CACHED in example.columns for example in trainer.data.eval_examples)
     assert (trainer.reference is None) is (seen or settings == ["max_steps=0"])  # nothing is left to do
 
 
@@ -240,7 +240,7 @@ def test_a_cache_that_cannot_be_written_is_refused(dpo, refused):
 
 def test_rewards_are_scored_once_and_kept(capsys):
     """Under a key of judge and ids: scored again is only what was not written whole, or by another judge."""
-    nothing, scored = {"chosen_reward": None, "rejected_reward": None}, []
+    scored = []
     examples = [Example(f"line {i}", np.array([i]), (np.array([i, 1]), np.array([2])), {})
                 for i in range(1500)]
 
@@ -251,11 +251,7 @@ def test_rewards_are_scored_once_and_kept(capsys):
 
     def fill_in(judge):
         scored.clear()
-        for example in examples:
-            example.columns |= nothing
-        score_or_read(examples, RunFolder("."), judge, score)
-        assert [example.columns for example in examples] == [
-            {"chosen_reward": i + 0.5, "rejected_reward": -1.0} for i in range(1500)]
+        assert score_or_read(examples, RunFolder("."), judge, score) == [[i + 0.5, -1.0] for i in range(1500)]
         return list(scored)
     assert fill_in("judge") == [1000, 500]  # a thousand at a time, so that little is lost with a run
     assert fill_in("judge") == []

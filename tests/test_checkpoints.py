@@ -92,7 +92,8 @@ def test_what_state_json_may_lack(r, run):
     state = json.load(open(path))
     assert state == {"step": 3, "examples": 12, "iteration": 0, "first_step": 0, "first_examples": 0,
                      "data": state["data"], "tokens": state["tokens"], "reference": None,
-                     "reward_model": None, "began": state["began"], "prompt_template": None}
+                     "reward_model": None, "began": state["began"], "prompt_template": None,
+                     "opponent": None, "state": {}}
     assert len(state["tokens"]) == 64 and datetime.date.fromisoformat(state["began"])
     old = {name: state[name] for name in ("step", "examples", "data", "reference")}
     json.dump(old, open(path, "w"))
@@ -106,7 +107,7 @@ def test_what_state_json_may_lack(r, run):
 @pytest.mark.parametrize("loss", OBJECTIVES)
 def test_resuming_matches_not_stopping(loss, run, sft_run):
     """From step 3, which for self-play is an iteration's last."""
-    settings = [f"loss={loss}", *needed(loss, sft_run), *RUN, "save_every=2", "eval_every=3"]
+    settings = [f"loss={loss}", *RUN, *needed(loss, sft_run), "save_every=2", "eval_every=3"]
     settings += {"spin": ["num_epochs=0.25"], "kd": [f"tokenizer={sft_run}/LATEST"]}.get(loss, [])
     whole = run(*settings, "max_steps=5", "run_dir=whole")
     run(*settings, "max_steps=3", "run_dir=part")

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import OWN
 
 from engine.batches import Example
 from engine.config import read_schema
+from engine.objectives import check_table
 from losses import OBJECTIVES, dpo_loss, ipo_loss, kd_loss, rm_loss, rpo_loss, sft_loss, spin_loss
 
 # policy -1, -3; reference -2, -2: log-ratios +1 for chosen, -1 for rejected, so h = 2
@@ -238,26 +240,37 @@ def test_values_out_of_range_are_named(call, name):
 # ---------------------------------------------------------------- what the trainer asks about a loss
 
 
-def test_the_table_says_what_each_loss_takes():
-    defaults, _ = read_schema()
-    for name, objective in OBJECTIVES.items():
-        parameters = inspect.signature(objective.loss).parameters.values()
-        positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-        models = ["policy", "reference"][:1 + objective.needs_reference]
-        wanted = [f"{model}_{response}_{objective.inputs}" for model in models
-                  for response in ["chosen", "rejected"][:1 + objective.needs_pairs]]
-        assert positional == ([f"{model}_logits" for model in models] + ["targets"]
-                              if objective.inputs == "logits" else wanted)
-        block = {key.split(".")[1]: value for key, value in defaults.items() if key.startswith(name + ".")}
-        keywords = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-        trainers_own = {"average", "train_on"} | (
-            {"iterations", "lr", "temperature", "top_p", "top_k", "max_tokens", "mix_previous",
-             "reset_optimizer"} if objective.self_play else set())
-        assert keywords == (block.keys() - trainers_own) | set(objective.columns)
-        # with its block bound to it only the columns are still to be given
-        left = inspect.signature(objective.bound(block).loss).parameters.values()
-        assert {p.name for p in left if p.kind == p.KEYWORD_ONLY and p.default is p.empty} == set(
-            objective.columns)
+def test_the_table_is_possible():
+    check_table(OBJECTIVES, read_schema()[0])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_does_not_know_how_its_batch_is_cut(name):
+    """What it says of six examples is what it says of the first two and the last four; or its row says
+    whole_batch. Of any loss that stands in the table, on numbers that data could have."""
+    objective, random = OBJECTIVES[name], torch.Generator().manual_seed(1)
+    block = {key.partition(".")[2]: value for key, value in read_schema()[0].items()
+             if key.startswith(name + ".")}
+    bound = objective.bound(block)
+    shape = (6, 3) if objective.needs_lists else (6, 11) if objective.inputs == "logits" else (6,)
+    shape += (4,) * objective.by_token
+
+    def draw(parameter):
+        if parameter == "targets":
+            return torch.arange(6)
+        if parameter in objective.columns:
+            return torch.randint(0, 2, shape, generator=random).double() + ("label" not in parameter)
+        return -torch.rand(shape, generator=random, dtype=torch.float64) * (5 if "logps" in parameter else 1)
+    given = {p.name: draw(p.name) for p in inspect.signature(bound.loss).parameters.values()
+             if p.default is p.empty}
+    losses, metrics = bound.loss(**given)
+    assert losses.shape == (6,) and losses.isfinite().all()
+    if not objective.whole_batch:
+        for part in (slice(2), slice(2, 6)):
+            some, some_metrics = bound.loss(**{name: value[part] for name, value in given.items()})
+            assert some.tolist() == pytest.approx(losses[part].tolist(), rel=1e-12)
+            for key, value in some_metrics.items():
+                assert not isinstance(value, tuple) and value.tolist() == metrics[key][part].tolist()
 
 
 def test_bound_puts_settings_into_a_loss():
@@ -283,7 +296,8 @@ def test_what_a_batchs_losses_are_divided_by(name, settings, denominator):
 
 def test_held_out_examples_have_what_their_loss_takes():
     """Self-play's rows have one response, and so its held-out loss is SFT's; all others are their own."""
-    assert {name: x.evaluated_as for name, x in OBJECTIVES.items() if x.evaluated_as} == {"spin": "sft"}
+    assert {name: OBJECTIVES[name].evaluated_as for name in OWN if OBJECTIVES[name].evaluated_as} == {
+        "spin": "sft"}
     assert all(OBJECTIVES[name].reads_pairs for name in ("dpo", "ipo", "rpo", "rm"))
     assert not any(OBJECTIVES[name].reads_pairs for name in ("sft", "spin", "kd"))
     for objective in OBJECTIVES.values():

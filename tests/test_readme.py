@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FEW_ROWS, ROOT, TINY_RUN, losses_of, read_lines, write_lines
+from conftest import (FEW_ROWS, ROOT, TINY_RUN, adopt, copy_project, losses_of, read_lines,
+                      write_lines)
 from transformers import AutoModelForCausalLM
 
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
@@ -140,29 +141,21 @@ def test_pieces_of_python(runs, capsys):
     assert student.num_parameters() < teacher.num_parameters() / 4
 
 
-def test_adding_a_loss_and_a_dataset_as_the_readme_says(tmp_path):
-    """The README's own code, put into a scratch copy, runs."""
-    copy = tmp_path / "copy"
-    shutil.copytree(os.path.join(ROOT, "engine"), copy / "engine")
-    for name in ("train.py", "losses.py", "trainers.py", "data.py", "config.yaml"):
-        shutil.copy(os.path.join(ROOT, name), copy)
-    pieces = dict(re.findall(r"<!-- (\w+) -->\n```(?:python|yaml)\n(.*?)```", README, re.S))
+def test_adding_losses_and_a_dataset_as_the_pages_say(tmp_path, sft_run):
+    """Their own code, put into a scratch copy, runs, and with it the README's command."""
+    copy = copy_project(tmp_path / "copy")
+    adopt(copy, PAGES)
 
-    def insert(path, before, piece, after=""):
-        text = (copy / path).read_text()
-        assert text.count(before) == 1
-        (copy / path).write_text(text.replace(before, piece + before if not after else before + piece))
-    insert("losses.py", "def check(", pieces["loss_function"] + "\n\n")
-    insert("losses.py", "OBJECTIVES = {\n", pieces["loss_row"], after="the table's first line")
-    insert("data.py", "@dataclass(frozen=True)\nclass Dataset:", pieces["dataset_function"] + "\n\n")
-    insert("data.py", "DATASETS = {\n", pieces["dataset_row"], after="the table's first line")
-    with open(copy / "config.yaml", "a") as file:
-        file.write(pieces["loss_config"])
-    script = [sys.executable, str(copy / "train.py"), "loss=simpo", "data=arithmetic", "simpo.gamma=0.7",
-              "max_steps=2", "batch_size=2", "eval_every=0"]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    first = read_lines(tmp_path / "runs/simpo/metrics.jsonl")[0]
-    assert first["loss"] > 0 and first["rewards/chosen"] < 0
-    done = subprocess.run([*script, "simpo.gamma=-1"], capture_output=True, text=True, cwd=tmp_path)
+    def run(*arguments):
+        script = [sys.executable, str(copy / "train.py"), "max_steps=2", "batch_size=2", "eval_every=0"]
+        return subprocess.run([*script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    for loss in ("simpo", "tdpo"):
+        done = run(f"loss={loss}", "data=arithmetic")
+        assert done.returncode == 0, done.stderr
+        first = read_lines(tmp_path / f"runs/{loss}/metrics.jsonl")[0]
+        assert first["rewards/chosen"] == 0 if loss == "tdpo" else first["rewards/chosen"] < 0 < first["loss"]
+    command = " ".join(re.search(r"`(python train.py loss=aot [^`]*)`", README)[1].split())
+    shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), tmp_path / "runs/sft/LATEST")
+    assert run(*command.split()[2:], f"data={FEW_ROWS}").returncode == 0
+    done = run("loss=simpo", "data=arithmetic", "simpo.gamma=-1")
     assert done.returncode == 2 and "simpo.gamma=-1 is not allowed: it must be float >= 0" in done.stderr

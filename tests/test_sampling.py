@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, config_of, make_trainer, obvious_logp, read_lines,
+from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, config_of, make_trainer, read_lines,
                       same_weights, write_bare_pairs, write_lines)
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GenerationConfig, GPT2Config, GPT2LMHeadModel)
@@ -183,21 +183,43 @@ def test_sample_metrics_by_hand():
     assert score_metrics(judged, others, 0.25, lambda kl: 24 * kl)["samples/efficiency"] == 0.5
 
 
-def test_the_kl_of_samples_is_the_mean_log_ratio():
+def test_the_kl_of_samples_is_summed_over_the_vocabulary():
     trainer = make_trainer("loss=dpo", *QUICK, *EXACT, "lr=0.05", "warmup_steps=0", "sample_max_tokens=6",
                            "num_samples=20", "num_eval_examples=20")
     policy, reference, sampler = trainer.policy, trainer.reference, trainer.sampler
     answers = sampler.answers(policy)
     assert sampler.kl(policy, reference, answers) == 0.0
     trainer.train_step()
-    with torch.no_grad():
-        ratios = [(obvious_logp(policy, e, ids) - obvious_logp(reference, e, ids)).item()
-                  for e, ids in zip(sampler.examples, answers, strict=True)]
-    mean = sum(ratios) / 20
-    assert abs(mean) > 1e-2
-    for kl, expected in ((sampler.kl(policy, reference, answers), mean),
-                         (sampler.kl(reference, policy, answers), -mean)):  # one of them is clipped
-        assert kl == pytest.approx(max(0.0, expected), rel=1e-6)
+    for first, second in ((policy, reference), (reference, policy)):
+        expected = 0.0
+        for e, ids in zip(sampler.examples, answers, strict=True):
+            row = torch.tensor([[*e.prompt, *ids]])
+            with torch.no_grad():
+                p, q = (model(input_ids=row).logits[0].softmax(-1) for model in (first, second))
+            before = slice(len(e.prompt) - 1, row.shape[1] - 1)  # where a sampled token is predicted
+            expected += (p[before] * (p[before] / q[before]).log()).sum().item() / 20
+        assert sampler.kl(first, second, answers) == pytest.approx(expected, rel=1e-6) and expected > 1e-2
+
+
+def test_the_kl_of_samples_is_the_mean_log_ratio_of_many():
+    trainer = make_trainer("loss=dpo", *QUICK, *EXACT, "lr=0.05", "warmup_steps=0", "sample_max_tokens=8",
+                           "num_samples=50", "num_eval_examples=50", "eval_batch_size=500")
+    trainer.train_step()
+    sampler = sampler_of(trainer, examples=[*trainer.sampler.examples] * 40)
+    answers, ratios = sampler.answers(trainer.policy), []
+    assert len(set(map(tuple, answers))) > 500
+    for start in range(0, 2000, 500):  # padded on the right, where a causal model does not look
+        group = list(zip(sampler.examples, answers))[start:start + 500]
+        rows = [[*x.prompt, *ids] for x, ids in group]
+        padded = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+        with torch.no_grad():
+            p, q = (model(input_ids=padded).logits.log_softmax(-1)
+                    for model in (trainer.policy, trainer.reference))
+        for gap, (x, _), row in zip(p - q, group, rows):
+            ratios.append(sum(gap[at - 1, row[at]].item() for at in range(len(x.prompt), len(row))))
+    error = np.std(ratios) / math.sqrt(2000)
+    kl = sampler.kl(trainer.policy, trainer.reference, answers)
+    assert abs(kl - np.mean(ratios)) < 4 * error and kl > 10 * error
 
 
 def test_sample_length_is_the_mean_number_of_tokens():
@@ -301,21 +323,24 @@ def test_pairs_of_self_play(capsys):
         write_lines(f"runs/spin/generated-0{number}.jsonl", [
             {"row": row, "ids": ids if row in same else [5 + number, *ids]} | key
             for row, ids in reversed(answers.items())])
-    pairs = self_play.pairs("opponent", 0)
-    assert "iteration 0: 398 pairs, 2 dropped" in capsys.readouterr().out
+    make = trainer.objective.self_play
+    pairs = self_play.examples(make, "opponent", 0)
+    assert "iteration 0: 398 examples, 2 prompts gave none" in capsys.readouterr().out
     assert [e.responses[1].tolist() for e in pairs[:3]] == [[5, 1], [5, 2, end], [5, 4]]
-    assert [e.columns for e in pairs[:3]] == [{"finished": 0.0}, {"finished": 1.0}, {"finished": 0.0}]
-    assert all(e.responses[0] is examples[i].responses[0] for e, i in zip(pairs, (1, 2, 4)))
-    pairs = self_play.pairs("opponent", 1)
+    assert [e.columns for e in pairs[:3]] == [
+        {"generated/length": length, "generated/finished": finished}
+        for length, finished in ((2, 0.0), (3, 1.0), (2, 0.0))]
+    assert all((e.responses[0] == examples[i].responses[0]).all() for e, i in zip(pairs, (1, 2, 4)))
+    pairs = self_play.examples(make, "opponent", 1)
     assert [tuple(e.responses[1][:2]) for e in pairs] == [
         (first, row) for first in (5, 6) for row in range(400) if row not in same]
-    self_play.block["mix_previous"] = False
-    assert {e.responses[1][0] for e in self_play.pairs("opponent", 1)} == {6}
-    with pytest.raises(InputError, match="generated-01.jsonl has not one whole line for each answer"):
-        self_play.pairs("another", 1)
+    self_play.settings["mix_previous"] = False
+    assert {e.responses[1][0] for e in self_play.examples(make, "opponent", 1)} == {6}
+    with pytest.raises(InputError, match="generated-01.jsonl has not one whole line"):
+        self_play.examples(make, "another", 1)
     write_lines("runs/spin/generated-01.jsonl", read_lines("runs/spin/generated-01.jsonl")[1:])
-    with pytest.raises(InputError, match="generated-01.jsonl has not one whole line for each answer"):
-        self_play.pairs("opponent", 1)
+    with pytest.raises(InputError, match="generated-01.jsonl has not one whole line"):
+        self_play.examples(make, "opponent", 1)
 
 
 def test_what_an_answer_depends_on_is_in_its_key():

@@ -9,17 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (DATA, FEW_ROWS, TEMPORARY, TINY_RUN, latest, losses_of, make_trainer, needed,
+from conftest import (DATA, FEW_ROWS, OWN, TEMPORARY, TINY_RUN, latest, losses_of, make_trainer, needed,
                       obvious_logp, read_lines, same_weights, write_lines)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import engine.forward
 import trainers
-from engine.batches import SEPARATE, collate, stream
-from engine.cache import REFERENCE_COLUMNS
+from engine.batches import CACHED, SEPARATE, collate, stream
 from engine.config import read_schema
 from engine.forward import response_logps, response_scores
+from engine.objectives import WEIGHT
 from engine.sampling import Sampler
 from engine.toy import toy
 from losses import OBJECTIVES, sft_loss
@@ -89,6 +89,8 @@ def obvious_step(name, model, reference, examples):
 
 def trainer_and_twins(name, sft_run, *settings):
     """A trainer, float64 copies of its policy and reference, and the order of its examples."""
+    if name not in OWN:
+        pytest.skip("adopted by a fork, which compares it with plain code of its own, as tests/test_forks.py")
     block = [f"{name}.beta=0.5"] if f"{name}.beta" in read_schema()[0] else []
     trainer = make_trainer(f"loss={name}", f"model={sft_run}/LATEST", *QUICK, f"data={FORTY}", *block,
                            *needed(name, sft_run), "max_steps=5", "max_grad_norm=0.5", "lr=1e-5",
@@ -177,8 +179,9 @@ def test_what_the_sums_are_divided_by():
     assert means("sft", sums, average="examples") == {"loss": 8.0, **metrics}
     sums = {"loss": 16.0, "preference_loss": 4.0, "sft_loss": 12.0}
     assert means("dpo", sums) == {"loss": 8.0, "preference_loss": 2.0, "sft_loss": 6.0}
-    sums = {"loss": 16.0, "kd_loss": 4.0, "sft_loss": 12.0}
-    assert means("kd", sums) == {"loss": 2.0, "kd_loss": 0.5, "sft_loss": 1.5}
+    # metrics that have weights of their own, as distillation's: 4 / 8 tokens; of no row at all there is none
+    sums = {"loss": 16.0, "kd_loss": 4.0, ("kd_loss", WEIGHT): 8.0, "none": 0.0, ("none", WEIGHT): 0.0}
+    assert means("kd", sums) == {"loss": 2.0, "kd_loss": 0.5, "none": None}
     # two pairs of rewards 1, 3 and 2, 6: of the pairs the means are 2 and 4, of the squares 5 and 20
     sums = {"loss": 0.0, "rewards/mean": 6.0, "rewards/mean_square": 25.0}
     assert means("rm", sums) == {
@@ -253,7 +256,7 @@ def test_rewards_at_step_0(dtype, sft_run):
         for batch in trainer.make_global_batch(position)[1]:
             _, metrics = trainer.compute_losses(batch, trainer.train_objective)
             rewards += [metrics["rewards/chosen"], metrics["rewards/rejected"]]
-            logps += [batch.columns[name] for name in REFERENCE_COLUMNS]
+            logps += batch.columns[CACHED].T
             with torch.no_grad():
                 exact = response_logps(trainer.policy, batch)
             errors += [*(exact - response_logps(trainer.policy, batch, trainer.bf16)).detach()]
@@ -540,10 +543,10 @@ def test_max_steps_bounds_all_iterations(run):
 
 def test_nothing_left_to_learn(run, capsys, monkeypatch):
     """Where every answer is the data's there are no pairs: iterations pass without a step."""
-    monkeypatch.setattr(Sampler, "batches", lambda self, *_: iter(
+    monkeypatch.setattr(Sampler, "batches", lambda self, *_, **__: iter(
         [(range(40), [example.responses[0].tolist() for example in self.data.train_examples])]))
     folder = run(*TINY_RUN, *QUICK, *SPIN, "eval_every=0")
-    assert capsys.readouterr().out.count("0 pairs, 40 dropped, equal to the data's") == 2
+    assert capsys.readouterr().out.count("0 examples, 40 prompts gave none") == 2
     assert latest(folder) == 0
 
 
