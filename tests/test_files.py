@@ -89,7 +89,7 @@ def test_unknown_sources_are_refused(name, why):
     with pytest.raises(InputError) as refusal:
         read_source(name, "train", data.DATASETS)
     assert str(refusal.value) == (
-        f"'{name}' cannot be read, {why}: give one of toy, hh, shp, se, ultrafeedback, an existing file, "
+        f"'{name}' cannot be read, {why}: give one of {', '.join(data.DATASETS)}, an existing file, "
         "folder or glob of files ending in .jsonl, .jsonl.gz, .json, .parquet, .csv, or a hub id "
         "org/name[/config][:split]")
 

@@ -302,4 +302,5 @@ def test_held_out_examples_have_what_their_loss_takes():
     assert not any(OBJECTIVES[name].reads_pairs for name in ("sft", "spin", "kd"))
     for objective in OBJECTIVES.values():
         held_out = OBJECTIVES[objective.evaluated_as] if objective.evaluated_as else objective
-        assert held_out.needs_pairs <= objective.reads_pairs and not held_out.self_play
+        makes_pairs = objective.reads_pairs or bool(objective.add_responses)  # of held-out rows too
+        assert held_out.needs_pairs <= makes_pairs and not held_out.self_play

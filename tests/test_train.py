@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import data
 import train
+from losses import OBJECTIVES
 
 BAD_INPUT = [  # arguments, and what is said
     (["learning_rate=1"], "learning_rate is no key of config.yaml; the nearest is "),
@@ -62,7 +63,7 @@ BAD_INPUT = [  # arguments, and what is said
     (["truncation=middle"], "truncation='middle' is not allowed: it must be keep_end | keep_start | drop"),
     (["sft.average=words"], "sft.average='words' is not allowed"),
     (["compute_dtype=float64"], "compute_dtype=float64 does not go with dtype=float32"),
-    (["loss=dqo"], "loss=dqo is not one of sft, dpo, ipo, rpo, spin, rm, kd; the nearest is dpo"),
+    (["loss=dqo"], f"loss=dqo is not one of {', '.join(OBJECTIVES)}; the nearest is dpo"),
     (["optimizer=Adma"], "optimizer=Adma is not one of ASGD, Adadelta, Adafactor"),
     (["optimizer=LBFGS"], "optimizer=LBFGS is not one of"),
     (["optimizer_args.beta=1"], "optimizer_args.beta is no argument of RMSprop, which has alpha, eps"),
