@@ -322,7 +322,7 @@ def read_row(row, where, pairs, columns=(), may_lack_rewards=False, report=None,
     if len(answers) > 1 and all(answer == answers[0] for answer in answers):
         raise Dropped(f"{names[0]} and {names[-1]} are equal")
     report.note_unread(row, read)
-    lacking, count = may_lack_rewards and lacks_rewards(row), len(answers) if lists else None
+    lacking, count = may_lack_rewards and lacks_rewards(row, lists), len(answers) if lists else None
     return TextRow(where, prompt, tuple(answers),
                    {name: None if lacking and name in (*REWARDS, LIST_REWARDS) else
                     read_numbers(row, where, name, count) for name in columns}, earlier,

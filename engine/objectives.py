@@ -86,7 +86,7 @@ def call_loss(objective, values: dict, batch: Batch | None = None) -> tuple[torc
     """
     if batch and batch.joint:
         losses, metrics, gradients = batch.joint
-        for name in gradients.keys() & values.keys():
+        for name in filter(values.__contains__, gradients):  # in one order, which a resumed run has too
             value = values[name]
             gradient = gradients[name][..., :value.shape[-1]] if value.dim() > 1 else gradients[name]
             losses = losses + (gradient * (value - value.detach())).reshape(len(losses), -1).sum(1)  # adds 0
@@ -114,14 +114,17 @@ def call_loss(objective, values: dict, batch: Batch | None = None) -> tuple[torc
 
 def token_losses(objective, models, batch: Batch, bf16=False) -> tuple[torch.Tensor, dict]:
     """call_loss where a loss takes the models' logits (N, V) and targets and gives losses (N,): sums (B,)."""
-    def loss_and_metrics(*logits_and_targets):
-        losses, metrics = objective.loss(*logits_and_targets)
-        return {"loss": losses, **metrics}
-    values = read_tokens(loss_and_metrics, models, batch, bf16)
+    values = read_tokens(functools.partial(loss_and_metrics, objective.loss), models, batch, bf16)
     sums = {name: sum_over_responses(value, batch)[0] for name, value in values.items()}
     losses, weights = sums.pop("loss"), batch.columns["chosen_length"]
     return losses, {name: value.detach() for name, value in sums.items()} | {
         (name, WEIGHT): weights for name in sums}
+
+
+def loss_and_metrics(loss, *logits_and_targets):
+    """A loss of tokens as what token_values gives: {name: (n,)}."""
+    losses, metrics = loss(*logits_and_targets)
+    return {"loss": losses, **metrics}
 
 
 def pad_responses(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -252,8 +255,32 @@ def problems(x, block, objectives):
         parameters(f)[1] for f in (x.loss, x.token_values, x.after_step, x.add_responses, x.self_play)))
     if unread := block.keys() - known:
         yield f"nothing reads {', '.join(sorted(unread))} of its block in config.yaml"
-    if x.inputs != "logits":
+    if x.inputs == "logits":
+        function = functools.partial(loss_and_metrics, bound.loss)
+        yield from problems_of_tokens(x.loss, function, 1 + x.needs_reference)
+    else:
         yield from problems_of_loss(bound, positional, keywords)
+
+
+def problems_of_tokens(own, function, num_models):
+    """What is wrong with a function of logits and targets, called on five random tokens and the first three.
+
+    own: whose name is said.
+    """
+    random = torch.Generator().manual_seed(0)
+    logits = [torch.randn(5, 4096, generator=random) for _ in range(num_models)]
+    try:
+        made = function(*logits, torch.arange(5))
+        some = function(*(x[:3] for x in logits), torch.arange(3))
+        is_right = all(value.shape == (5,) for value in made.values())
+    except Exception as error:
+        yield (f"{name_of(own)} does not make {{name: (n,)}} of logits (n, V) and targets (n,): "
+               + first_line(error))
+        return
+    if not is_right:
+        yield f"{name_of(own)} does not make {{name: (n,)}} of logits (n, V) and targets (n,)"
+    elif not all(torch.allclose(made[name][:3], some[name], atol=1e-5) for name in made):
+        yield f"{name_of(own)} compares tokens, of which it gets only some at a time"
 
 
 def problems_of_loss(x, positional, keywords):
@@ -264,20 +291,9 @@ def problems_of_loss(x, positional, keywords):
         return torch.randn(6, *shape, generator=random, dtype=torch.float64).requires_grad_()
     extras = ["mask"] if x.by_token else []
     if x.token_values:
-        try:
-            logits = [torch.randn(5, 4096, generator=random)] * (1 + reads_both(x))
-            made = x.token_values(*logits, torch.arange(5))
-            some = x.token_values(*(part[:3] for part in logits), torch.arange(3))
-            extras += [name for name, value in made.items() if value.shape == (5,)]
-        except Exception as error:
-            made = error
-        if not isinstance(made, dict) or len(made) != len(extras) - x.by_token:
-            error = f": {first_line(made)}" if isinstance(made, Exception) else ""
-            yield (f"{name_of(x.token_values)} does not make {{name: (n,)}} of logits (n, V) and targets (n,)"
-                   + error)
-            return
-        if not all(torch.allclose(made[name][:3], some[name], atol=1e-5) for name in made):
-            yield f"{name_of(x.token_values)} compares tokens, of which it gets only some at a time"
+        num_models = 1 + reads_both(x)
+        yield from problems_of_tokens(x.token_values, x.token_values, num_models)
+        extras += x.token_values(*[torch.zeros(5, 4096)] * num_models, torch.arange(5))
     prefixes = [""] if x.needs_lists else ["chosen_", "rejected_"][:1 + x.needs_pairs]
     names = [prefix + name for prefix in prefixes for name in extras]
     if lacking := [name for name, must in keywords.items() if must and name not in (*names, *x.columns)]:

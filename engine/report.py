@@ -72,7 +72,9 @@ def print_summary(config, objective, run_data, policy, num_steps, resumed_at=Non
     if objective.needs_reference:
         own = "the policy at each iteration's start" if objective.in_stages else (
             "the model's starting weights")
-        lines.append(("reference", config.reference or own))
+        moves = objective.moves_reference and not objective.in_stages
+        lines.append(("reference", (config.reference or own)
+                      + ", and moves; samples/kl is measured from where it begins" * moves))
     if config.reward_model:
         lines.append(("rewards", config.reward_model))
     block = getattr(config, config.loss, {})

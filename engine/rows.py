@@ -40,8 +40,9 @@ def read_list(row, name, where, report):
                    for own, value in zip(names, row[name])]
 
 
-def lacks_rewards(row):
-    return all(row.get(name) is None for reward in (*REWARDS, LIST_REWARDS)
+def lacks_rewards(row, lists):
+    """Whether a pair, or a list of responses, comes without any."""
+    return all(row.get(name) is None for reward in ([LIST_REWARDS] if lists else REWARDS)
                for name in (reward, COLUMN_ALIASES[reward]))
 
 

@@ -129,6 +129,12 @@ class Sampler:
     def is_finished(self, ids):
         return len(ids) > 0 and ids[-1] in self.end_ids
 
+    def true_scores(self, example, ids) -> dict[str, float]:
+        """What the data know of an answer."""
+        prompt = self.data.tokenizer.decode(example.prompt)
+        known = self.data.judge.scores(prompt, self.text(ids), self.is_finished(ids))
+        return {name: float(value) for name, value in known.items()}
+
     def to_the_end(self, example, ids):
         """An answer to the end of a chat's rendering, where it is finished and there is room."""
         has_room = len(example.prompt) + len(ids) + len(example.after) <= self.positions
@@ -161,12 +167,10 @@ class Sampler:
 
     def scores(self, answers) -> list[dict[str, float]]:
         """Of each answer the data's true scores, where they are known, and the reward model's `reward`."""
-        scores, judge = [{} for _ in answers], self.data.judge
-        if judge:
+        scores = [{} for _ in answers]
+        if self.data.judge:
             for i, (example, ids) in enumerate(zip(self.examples, answers)):
-                prompt = self.data.tokenizer.decode(example.prompt)
-                known = judge.scores(prompt, self.text(ids), self.is_finished(ids))
-                scores[i] = {name: float(value) for name, value in known.items()}
+                scores[i] = self.true_scores(example, ids)
         if self.reward_model:
             learned = functools.partial(response_scores, self.reward_model, bf16=self.bf16)
             ended = [self.to_the_end(*pair) for pair in zip(self.examples, answers)]
@@ -348,11 +352,8 @@ class SelfPlay:
         if score:
             return score([replace(x.with_responses(*(self.sampler.to_the_end(x, ids) for ids in group)),
                                   is_whole=False) for x, group in zip(examples, groups)])
-        def reward(example, ids):
-            prompt, ids = self.data.tokenizer.decode(example.prompt), ids.tolist()
-            is_finished = self.sampler.is_finished(ids)
-            return self.data.judge.scores(prompt, self.sampler.text(ids), is_finished)["reward"]
-        return [[float(reward(x, ids)) for ids in group] for x, group in zip(examples, groups)]
+        return [[self.sampler.true_scores(x, ids.tolist())["reward"] for ids in group]
+                for x, group in zip(examples, groups)]
 
     def answers_of(self, name, count, key=None) -> dict[int, list[int]]:
         """{row: ids} of a file; key None takes any. Raises InputError if an answer is not there, or twice."""

@@ -22,7 +22,8 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, LlamaConfig)
 
 import data
 import train
@@ -212,6 +213,18 @@ def rm_run(sft_run, tmp_path_factory):
                            "eval_every=1000", "eval_first=false", "num_eval_examples=null",
                            f"run_dir={folder}"]) == 0
     return made_once(tmp_path_factory, "rm", make)
+
+
+def save_random_judge(sft_run):
+    """A small reward model of random weights with that run's tokenizer, in the folder judge."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_labels=1,
+        num_attention_heads=2, initializer_range=0.5, pad_token_id=tokenizer.pad_token_id))
+    model.save_pretrained("judge")
+    tokenizer.save_pretrained("judge")
+    return model, tokenizer
 
 
 # ---------------------------------------------------------------- runs in processes of their own

@@ -301,3 +301,14 @@ def test_rewards_in_the_data_stay(sft_run, rm_run):
         scores = response_scores(trainer.reward_model, collate([dataclasses.replace(example, columns={})]))
         assert list(example.columns.values()) == pytest.approx(scores.flatten().tolist(), rel=1e-4, abs=1e-4)
         assert list(example.columns) == ["chosen_reward", "rejected_reward"]
+
+
+def test_a_pair_lacks_rewards_whatever_lists_would_read(sft_run, rm_run):
+    """A column `scores`, which is a list's rewards, gives a pair none."""
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in toy("train", True)[:6]]
+    write_lines("some.jsonl", [row | {"scores": [1, 2]} for row in rows])
+    trainer = make_trainer("loss=rpo", "data=some.jsonl", f"eval_data={FEW_ROWS}", f"model={sft_run}/LATEST",
+                           f"reward_model={rm_run}/LATEST")
+    assert {None} == {x for example in trainer.data.train_examples for x in example.columns.values()}
+    trainer.fill_in_rewards()
+    assert None not in {x for example in trainer.data.train_examples for x in example.columns.values()}

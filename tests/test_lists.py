@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, config_of, losses_of, make_trainer, obvious_logp, read_lines, write_lines
+from conftest import (TINY_RUN, config_of, losses_of, make_trainer, obvious_logp, read_lines,
+                      save_random_judge, write_lines)
 from test_tokens import FAMILIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig,
-                          PreTrainedTokenizerFast)
+from transformers import PreTrainedTokenizerFast
 
 import losses
 from data import Dropped, Encoder, read_row
@@ -104,13 +104,7 @@ def rewarded(policy_logps, *, rewards, beta, label_smoothing=0.0, sft_weight=0.0
 
 def test_a_reward_model_fills_in_the_rewards_of_lists(dpo_is, run, sft_run):
     """Of lists of two and three that lack them; a row's own rewards stay."""
-    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_labels=1,
-        num_attention_heads=2, initializer_range=0.5, pad_token_id=tokenizer.pad_token_id))
-    model.save_pretrained("judge")
-    tokenizer.save_pretrained("judge")
+    model, tokenizer = save_random_judge(sft_run)
     rows = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"], " The plot."][:2 + i % 2]}
             for i, row in enumerate(toy("train", True)[:6])]
     rows[1]["rewards"], rows[2]["scores"] = [1, 2, 3.5], [4, 5]

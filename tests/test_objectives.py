@@ -276,6 +276,7 @@ def test_what_a_loss_gives_is_one_number_of_each_example():
         "odd_loss gives losses of shape (); of each of a batch's 3 examples it must give one number, (3,), "
         "not averaged")
     assert "losses of shape (3, 1)" in says(lambda x: (x[:, None], {}))
+    assert "odd_loss gives a metric `loss`, which the loss itself is" in says(lambda x: (x, {"loss": 2 * x}))
     assert "losses of shape float" in says(lambda x: (1.0, {}))
     assert "gives r of shape ()" in says(lambda x: (x, {"r": x.mean()}))
     assert "gives r of shape float" in says(lambda x: (x, {"r": 1.0}))
@@ -295,6 +296,23 @@ def with_kl(policy_logits, targets):
 
 def with_scalar(policy_logits, targets):
     return {"kl": targets.sum()}
+
+
+def centred(policy_logits, targets):
+    values = policy_logits.amax(-1)
+    return {"kl": values - values.mean()}
+
+
+def centred_losses(policy_logits, targets):
+    return centred(policy_logits, targets)["kl"], {}
+
+
+def averaged_tokens(policy_chosen_logps, *, chosen_mask):
+    return -policy_chosen_logps.mean(-1), {}
+
+
+def weighted_tokens(policy_chosen_logps, *, chosen_mask):
+    return -(policy_chosen_logps * chosen_mask).sum(-1) / chosen_mask.sum(-1), {}
 
 
 def with_error(policy_logits, targets):
@@ -370,6 +388,9 @@ ONE, PAIR = {"needs_pairs": False, "needs_reference": False}, {"needs_pairs": Tr
     (asking, ONE | {"token_values": with_kl}, "asks for margin: not in columns"),
     (one, ONE | {"token_values": with_scalar}, "with_scalar does not make {name: (n,)} of logits"),
     (one, ONE | {"token_values": with_error}, "targets (n,): no such index"),
+    (one, ONE | {"token_values": centred}, "centred compares tokens, of which it gets only some at a time"),
+    (centred_losses, ONE | {"inputs": "logits"}, "centred_losses compares tokens, of which it gets"),
+    (averaged_tokens, ONE | {"by_token": True}, "averaged_tokens reads what is padded: multiply by the mask"),
     (averaged, ONE, "averaged gives losses of shape ()"),
     (compared, ONE, "compared compares the examples of a batch, by losses"),
     (clamped, ONE | {"needs_reference": True}, "clamped compares the examples of a batch, by losses"),
@@ -384,6 +405,10 @@ def test_a_row_that_cannot_work_is_refused(loss, fields, said):
         check_table({"row": Objective(loss, **fields)}, {})
     assert said in str(caught.value) and str(caught.value).startswith("losses.py, OBJECTIVES['row']: ")
     assert "\n" not in str(caught.value)
+
+
+def test_by_token_with_the_mask_is_no_reading_of_padding():
+    check_table({"row": Objective(weighted_tokens, **ONE, by_token=True)}, {})
 
 
 def test_a_key_of_a_block_that_nothing_reads_is_refused(dpo_is, refused):

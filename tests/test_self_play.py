@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, losses_of, make_trainer, numbers, obvious_logp,
-                      read_lines, same_weights, write_lines)
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+                      read_lines, same_weights, save_random_judge, write_lines)
+from transformers import AutoTokenizer
 
 import engine.config
 import engine.objectives
@@ -285,13 +285,7 @@ def test_nobody_judges(online, refused):
 
 
 def test_scores_of_a_reward_model_are_kept(online, run, sft_run, monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
-    torch.manual_seed(0)
-    judge = AutoModelForSequenceClassification.from_config(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_labels=1,
-        num_attention_heads=2, initializer_range=0.5, pad_token_id=tokenizer.pad_token_id))
-    judge.save_pretrained("judge")
-    tokenizer.save_pretrained("judge")
+    judge, tokenizer = save_random_judge(sft_run)
     settings = [*online, "reward_model=judge", "spin.iterations=1", f"eval_data={FEW_ROWS}", "eval_every=0"]
     whole = run(*settings, "run_dir=whole")
     run(*settings, "run_dir=part", "max_steps=1")
