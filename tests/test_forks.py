@@ -369,7 +369,10 @@ def test_the_command_of_a_page(name, fork, whole_sft, request):
     evaluated = [line for line in read_lines("run/metrics.jsonl") if line["split"] == "eval"]
     first, last = evaluated[0], evaluated[-1]
     print(name, {key: last.get(key) for key in ("samples/efficiency", "samples/kl", "samples/well_formed")})
-    assert len(losses_of("run")) == 200
+    if name == "online_dpo":  # a step an iteration, but where no prompt gave a pair
+        assert last["iteration"] == 199 and 190 <= len(losses_of("run")) <= 200
+    else:
+        assert len(losses_of("run")) == 200
     if name == "simpo":
         assert last["loss"] < 0.6 * first["loss"] and last["rewards/accuracies"] > first["rewards/accuracies"]
     elif name == "on_policy_distillation":  # a student that was half trained comes near its teacher
