@@ -57,12 +57,14 @@ def build_trainer(config, checkpoint: str | None = None):
 
     from data import load_data
     from engine.checkpoints import reference_path
+    from engine.gpu import prepare_gpu
     from engine.models import check_optimizer, keep_freed_memory, load_beside, load_model
     from engine.report import print_summary
     from losses import OBJECTIVES
     from trainers import Trainer
 
     keep_freed_memory()
+    prepare_gpu()
     check_optimizer(config)  # again, on shards if there are several ranks
     torch.manual_seed(config.seed)
 
@@ -92,6 +94,7 @@ if __name__ == "__main__":
             print(schema.read(), end="")
         sys.exit(0)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # or shapes leave gaps on a GPU
     if not sys.stderr.isatty():  # a log file wants no progress bars
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")

@@ -11,12 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from engine import InputError
-from engine.batches import LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens, stream
+from engine.batches import (CACHED, LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens,
+                            stream)
 from engine.cache import ReferenceCache, score_or_read
 from engine.checkpoints import COUNTERS, Checkpoints, RunFolder, read_state, restore_state, save_model
 from engine.distributed import (WAITS, Stopped, StopRequest, device, from_first, full_tensor, meta_copy,
                                 num_ranks, shard, sum_over_ranks, sync_gradients)
+from engine.dry_run import tokens_that_fit
 from engine.forward import choose_layouts, response_logps, response_scores
+from engine.gpu import gpu_metrics, necessary_flops
 from engine.models import as_steps, fingerprint, learning_rate, make_optimizer
 from engine.objectives import (SELF_PLAY, WEIGHT, call_loss, can_cache, join, parameters, read_values,
                                step_state, token_losses)
@@ -41,6 +44,7 @@ class Trainer:
         self.train_examples = [] if self.objective.self_play else run_data.train_examples
         self.step = self.examples = self.first_step = self.first_examples = 0
         self.iteration = -1 if self.objective.self_play else 0
+        self.measured = {}  # on a GPU: what make_batcher found
         self.state, self.opponent = {}, None  # what after_step moves; who answered this iteration's prompts
         # What a loss takes of a model: (K, B).
         self.response_values = response_scores if self.objective.inputs == "scores" else response_logps
@@ -56,7 +60,7 @@ class Trainer:
         self.folder = RunFolder(config.run_dir)
         self.checkpoints = Checkpoints(self.folder, meta_copy(policy), run_data.tokenizer,
                                        config.keep_checkpoints, config.async_save)
-        self.batcher = self.make_batcher(policy, reference, reward_model)
+        self.batcher = self.make_batcher(policy, reference, reward_model, checkpoint)
 
         # Models, sharded over the ranks; only the policy learns.
         if reference is policy and num_ranks() == 1:  # of several ranks shard() makes a copy for each
@@ -81,16 +85,26 @@ class Trainer:
         if checkpoint:
             self.restore(checkpoint)
 
-    def make_batcher(self, policy, reference, reward_model):
-        """Makes batches in the layouts in which all of these models give the numbers of plain rows."""
-        values = self.response_values
+    def make_batcher(self, policy, reference, reward_model, checkpoint=None):
+        """Makes batches in the layouts in which all of these models give the numbers of plain rows.
+
+        What is measured for them on a GPU stays so when a run goes on.
+        """
+        config, values, on_gpu = self.config, self.response_values, device().type == "cuda"
+        known = read_state(checkpoint)["measured"] if checkpoint and on_gpu else {}
         models = {policy: values, reference: values, reward_model: response_scores}
         models = [pair for pair in models.items() if pair[0]]  # policy and reference may be one, or some None
         examples = [*self.data.train_examples, *self.data.eval_examples]  # of which some are tried
-        layouts = from_first(choose_layouts(self.config.layout, models, examples))
-        max_tokens = self.config.max_tokens_per_microbatch or default_max_tokens(self.config.compute_dtype)
+        layouts = from_first(choose_layouts(
+            config.layout, models, examples, config.compute_dtype == "bfloat16", known.get("quadratic")))
+        frozen = [model for model in (reference, reward_model) if model]
+        fitting = known.get("max_tokens") or tokens_that_fit(policy, frozen, config)
+        if on_gpu:
+            costs = [layout.quadratic for layout in layouts] if len(layouts) > 1 else None
+            self.measured = {"quadratic": costs, "max_tokens": fitting}
         dtype = torch.promote_types(policy.dtype, torch.float32)
-        return Batcher(layouts, max_tokens, self.config.eval_batch_size, dtype, self.stop)
+        max_tokens = config.max_tokens_per_microbatch or fitting
+        return Batcher(layouts, max_tokens, config.eval_batch_size, dtype, self.stop)
 
     def bind_settings(self):
         """Puts settings into the losses, and sets lr: a list has a value for each iteration of self-play."""
@@ -155,7 +169,6 @@ class Trainer:
         microbatches = self.joined(microbatches, examples, objective)
 
         # Forward, loss, backward: the microbatches' gradients add up to that of the global batch's mean loss.
-        self.optimizer.zero_grad(set_to_none=True)
         sums, all_losses = {}, []
         for number, batch in enumerate(microbatches, 1):
             losses, metrics = self.compute_losses(batch, objective)  # (B,) with gradient, and {name: (B,)}
@@ -187,6 +200,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = metrics["lr"]
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # evaluation and saving want their memory
         self.step += 1
         self.examples += len(examples)
         if objective.after_step:
@@ -194,6 +208,9 @@ class Trainer:
             self.bind_settings()
         self.throughput.update(examples=len(examples), tokens=sum(example.num_tokens for example in examples),
                                seconds=time.perf_counter() - started)
+        if device().type == "cuda":
+            is_asked = objective.needs_reference and CACHED not in examples[0].columns
+            self.throughput["flops"] += necessary_flops(self.policy, examples, is_asked)
         return metrics | self.epoch_metrics()
 
     def compute_losses(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict]:
@@ -408,6 +425,7 @@ class Trainer:
         if split == "train":
             for name in ("examples", "tokens"):
                 metrics[f"{name}_per_second"] = self.throughput[name] / self.throughput["seconds"]
+            metrics |= gpu_metrics(self.throughput)
             self.throughput.clear()
         place = {"step": self.step, "examples": self.examples, "split": split, "time": time.time()}
         self.folder.log(place, metrics)
@@ -425,7 +443,7 @@ class Trainer:
         """Saves all that a resume needs as step-<step>; spares what self-play's opponent needs."""
         state = {name: getattr(self, name) for name in COUNTERS} | self.fingerprints
         state |= {"began": self.data.began, "prompt_template": self.config.prompt_template}
-        state |= {"state": self.state, "opponent": self.opponent}
+        state |= {"state": self.state, "opponent": self.opponent, "measured": self.measured}
         spared = self.first_step if self.objective.in_stages else None
         moved = self.reference if self.first_reference is not self.reference else None
         self.checkpoints.save(self.policy, self.optimizer, state, spared, moved)

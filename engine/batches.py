@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -100,7 +101,8 @@ def epoch_order(num_rows, seed, epoch, shuffle):
 @dataclass(frozen=True)
 class Layout:
     """How a microbatch is laid in rows, all as wide as the widest: each response after a prompt of its own;
-    or shared, examples one after another as they fit, each [prompt | chosen | rejected].
+    or shared, examples one after another as they fit, each [prompt | chosen | rejected]; or packed, which is
+    shared in one row of all.
 
     A row of T tokens costs T (linear + quadratic T).
     """
@@ -108,6 +110,7 @@ class Layout:
     shared: bool
     linear: float = 1.0
     quadratic: float = 0.0
+    packed: bool = False
 
     def width(self, example):
         return example.num_tokens if self.shared else example.row_length
@@ -116,7 +119,7 @@ class Layout:
         """Rows, lists of places in `examples`, which come longest first. They end with the first example that
         has another number of responses, or for which the budget of tokens, padding counted, has no room; the
         first always goes in."""
-        rows, room, width = [], [], 0
+        rows, room, width = [], [], max_tokens if self.packed else 0
         for place, example in enumerate(examples):
             own = self.width(example)
             if len(example.responses) != len(examples[0].responses):
@@ -133,34 +136,53 @@ class Layout:
             room[i] -= own
         return rows
 
+    def shape(self, examples, rows):
+        """(R, T) of these rows."""
+        width = max(sum(self.width(examples[i]) for i in row) for row in rows)
+        return len(rows) if self.shared else len(rows) * len(examples[0].responses), width
+
     def cost(self, examples, rows):
         """Of these rows, per token that is not repeated."""
-        width = max(sum(self.width(examples[i]) for i in row) for row in rows)
-        height = len(rows) if self.shared else len(rows) * len(examples[0].responses)
+        height, width = self.shape(examples, rows)
         num_tokens = sum(examples[i].num_tokens for row in rows for i in row)
         return height * width * (self.linear + self.quadratic * width) / num_tokens
 
 
-SEPARATE = Layout(shared=False)
+SEPARATE, SHARED, PACKED = Layout(shared=False), Layout(shared=True), Layout(shared=True, packed=True)
 
 
-def microbatches(examples, num_parts, max_tokens, layouts=(SEPARATE,)) -> list[tuple[list[Example], Layout]]:
-    """Cuts examples, longest first, into nearly equal parts, and these by a budget of tokens.
+def microbatches(examples, num_parts, max_tokens, layouts=(SEPARATE,), level=False):
+    """Cuts examples, longest first, into nearly equal parts, and these by a budget of tokens: a list of
+    (examples, layout).
 
     The budget counts padding; an example beyond it goes alone. Each microbatch gets the cheapest of the
-    layouts.
+    layouts. level: what the budget cuts is cut into as many pieces of nearly as many tokens, instead of full
+    ones and a rest: on a GPU, and more so in shards, each microbatch has costs of its own.
     """
     ordered = sorted(examples, key=lambda x: (len(x.responses), layouts[-1].width(x)), reverse=True)
     parts = []
     for i in range(num_parts):
-        rest = ordered[i * len(ordered) // num_parts:(i + 1) * len(ordered) // num_parts]
-        while rest:
-            choices = [(layout, layout.rows(rest, max_tokens)) for layout in layouts]
-            layout, rows = min(choices, key=lambda choice: choice[0].cost(rest, choice[1]))
-            size = sum(map(len, rows))
-            parts.append((rest[:size], layout))
-            rest = rest[size:]
+        part = ordered[i * len(ordered) // num_parts:(i + 1) * len(ordered) // num_parts]
+        pieces = cut_by_budget(part, max_tokens, layouts)
+        if level and len(pieces) > 1:  # to the mean and one example more, for a piece ends before its budget
+            sizes = [math.prod(layout.shape(piece, layout.rows(piece))) for piece, layout in pieces]
+            budget = sum(sizes) // len(sizes) + max(math.prod(x.shape(part, [[0]])) for x in layouts)
+            levelled = cut_by_budget(part, min(budget, max_tokens), layouts)
+            pieces = levelled if len(levelled) == len(pieces) else pieces
+        parts += pieces
     return parts
+
+
+def cut_by_budget(rest, max_tokens, layouts):
+    """Examples, longest first, as (examples, layout) pairs, each within the budget."""
+    pieces = []
+    while rest:
+        choices = [(layout, layout.rows(rest, max_tokens)) for layout in layouts]
+        layout, rows = min(choices, key=lambda choice: choice[0].cost(rest, choice[1]))
+        size = sum(map(len, rows))
+        pieces.append((rest[:size], layout))
+        rest = rest[size:]
+    return pieces
 
 
 def default_max_tokens(compute_dtype: str) -> int:
@@ -182,6 +204,22 @@ def split_over_ranks(examples, num_ranks) -> list[list[Example]]:
 # ---------------------------------------------------------------- tensors
 
 
+class Plan(NamedTuple):
+    """The sequences of a packed row, S in all: a prompt with its first response, then each other response,
+    whose keys are the prompt's and its own.
+
+    keys: (N,) int64, the places of all sequences' keys, one after another. query_ends, key_ends: (S + 1,)
+    int32, where sequences end among the row's tokens and among those, from 0 on. max_queries, max_keys: of a
+    sequence.
+    """
+
+    keys: torch.Tensor
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    max_queries: int
+    max_keys: int
+
+
 @dataclass
 class Batch:
     """Tensors of B examples with K responses each, laid in R rows of T tokens, padded on the right.
@@ -196,6 +234,7 @@ class Batch:
     token_weights: (N,) float32, how much each counts.
     lengths, ends: (K * B,) int64, how many of a response's tokens count, and the place of its last one.
     columns: name -> (B,) float, or (B, K).
+    plan: of a packed row, which has no padding, the same as sequences.
     joint: what a loss of the whole batch says of it; see objectives.join.
     is_idle: whether it is there only to keep pace with other ranks, and its numbers count nowhere.
 
@@ -220,6 +259,7 @@ class Batch:
     lengths: torch.Tensor
     ends: torch.Tensor
     columns: dict[str, torch.Tensor]
+    plan: Plan | None = None
     is_idle: bool = False
     joint: tuple | None = None
 
@@ -230,7 +270,9 @@ class Batch:
                 return value
             return value.pin_memory().to(target, non_blocking=True)
         moved = {name: move(value) for name, value in vars(self).items()}
-        return replace(self, **moved | {"columns": {name: move(x) for name, x in self.columns.items()}})
+        moved |= {"columns": {name: move(x) for name, x in self.columns.items()},
+                  "plan": self.plan and Plan(*map(move, self.plan))}
+        return replace(self, **moved)
 
 
 def collate(examples: list[Example], dtype=torch.float32, layout=SEPARATE) -> Batch:
@@ -271,7 +313,22 @@ def collate(examples: list[Example], dtype=torch.float32, layout=SEPARATE) -> Ba
                np.concatenate([weights[at] for (_, weights), at in zip(answers, counted)]),
                np.array([len(at) for at in counted]), np.array(ends))
     return Batch(list(examples), *(x if x is None else torch.from_numpy(x) for x in tensors),
-                 {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()})
+                 {name: torch.tensor(column, dtype=dtype) for name, column in columns.items()},
+                 plan_of(examples) if layout.packed else None)
+
+
+def plan_of(examples) -> Plan:
+    """The Plan of a row of these examples, one after another."""
+    keys, num_queries, at = [], [], 0
+    for example in examples:
+        prompt, at = np.arange(at, at + len(example.prompt)), at + len(example.prompt)
+        for k, response in enumerate(example.responses):
+            keys.append(np.append(prompt, np.arange(at, at + len(response))))
+            num_queries.append(len(response) + (len(prompt) if k == 0 else 0))
+            at += len(response)
+    num_keys = [*map(len, keys)]
+    ends = (torch.from_numpy(np.cumsum([0, *counts]).astype(np.int32)) for counts in (num_queries, num_keys))
+    return Plan(torch.from_numpy(np.concatenate(keys)), *ends, max(num_queries), max(num_keys))
 
 
 @dataclass(frozen=True)
@@ -293,7 +350,8 @@ class Batcher:
 
     def train_share(self, examples: list[Example], num_parts: int) -> list[Batch]:
         """Of a step's examples nearly as many tokens as other ranks have, and just as many Batches."""
-        parts = [microbatches(share, num_parts, self.max_tokens, self.layouts)
+        level = device().type == "cuda"
+        parts = [microbatches(share, num_parts, self.max_tokens, self.layouts, level)
                  for share in split_over_ranks(examples, num_ranks())]
         num_idle = max(map(len, parts)) - len(parts[rank()])
         return [*(self.collate(*part) for part in parts[rank()]),

@@ -398,8 +398,9 @@ def read_state(checkpoint: str) -> dict:
     try:
         with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
             later = dict.fromkeys(("reward_model", "tokens", "began", "opponent"))
-            state = dict.fromkeys(COUNTERS[2:], 0) | later | {"state": {}} | json.load(file)
-        return {name: state[name] for name in (*COUNTERS, *FINGERPRINTS, "began", "opponent", "state")}
+            state = dict.fromkeys(COUNTERS[2:], 0) | later | {"state": {}, "measured": {}} | json.load(file)
+        return {name: state[name] for name in (*COUNTERS, *FINGERPRINTS, "began", "opponent", "state",
+                                                "measured")}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"checkpoint {checkpoint} is damaged, its state.json is not whole: point LATEST at "
                          "another one, or start a new run") from error

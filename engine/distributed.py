@@ -218,6 +218,9 @@ def compile_layers(model):
     layers = decoder_layers(model)
     if not layers:
         raise InputError(f"compile=true: {model.config.model_type} marks no layers to compile: leave it out")
+    # All layers share one, for reference, evaluation and training in each layout; beyond it torch goes on
+    # without compiling.
+    torch._dynamo.config.recompile_limit = 64
     for layer in layers:
         layer.compile(dynamic=True)
 
@@ -302,6 +305,9 @@ def check_devices(config):
     """Raises InputError for what these devices, or so many of them, cannot do."""
     has_gpu, replicas = torch.cuda.is_available(), config.fsdp["replicas"]
     num_devices = int(os.environ.get("WORLD_SIZE", 1))
+    if config.attention == "varlen" and has_gpu and config.compute_dtype != "bfloat16":
+        raise InputError("attention=varlen computes in bfloat16 on a GPU: set compute_dtype=bfloat16, or "
+                         "choose sdpa")
     if config.attention == "flex_attention" and not has_gpu:
         raise InputError("attention=flex_attention has no backward on a CPU: choose sdpa or eager")
     if config.compile and not has_gpu and not shutil.which(os.environ.get("CXX", "g++")):

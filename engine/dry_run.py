@@ -1,5 +1,6 @@
 """Will it fit? What each device would hold, counted on tensors without memory: no weights are read."""
 
+import copy
 import math
 import os
 import types
@@ -7,11 +8,15 @@ import types
 import torch
 from torch._subclasses import FakeTensorMode
 
-from engine.distributed import decoder_layers, reduce_dtype
-from engine.forward import CHUNK_LOGITS, decoder_of
+from engine.attention import attention_of
+from engine.batches import default_max_tokens
+from engine.distributed import decoder_layers, device, from_all, num_ranks, reduce_dtype
+from engine.forward import CHUNK_LOGITS, decode, decoder_inputs
 from engine.models import load_model, make_optimizer
 from engine.objectives import can_cache
 from engine.report import print_lines
+
+IN_HOST = {"weights", "gradients", "optimizer state"}  # with fsdp.cpu_offload
 
 
 def print_dry_run(config, objective, run_data, path):
@@ -21,24 +26,21 @@ def print_dry_run(config, objective, run_data, path):
     """
     mode = FakeTensorMode()
     num_devices, replicas = config.world_size or int(os.environ.get("WORLD_SIZE", 1)), config.fsdp["replicas"]
-    computing = types.SimpleNamespace(
-        **vars(config) | {"dtype": config.compute_dtype, "activation_checkpointing": False})
     head = "new scores" if objective.inputs == "scores" else None
-    models = [load_model(path, run_data.model_config, settings, run_data.tokenizer, head, mode)
-              for settings in (config, computing)]
+    model = load_model(path, run_data.model_config, config, run_data.tokenizer, head, mode)
     examples, parts = run_data.train_examples, config.gradient_accumulation_steps
     num_tokens, length = sum(x.num_tokens for x in examples), max(x.row_length for x in examples)
     share = num_tokens / len(examples) * config.batch_size / num_devices  # a device's tokens in a step
     budget = config.max_tokens_per_microbatch or 2**14  # a GPU's
     count, num_rows = max(parts, math.ceil(share / budget)), round(min(budget, share / parts) / length)
     num_rows = max(1, num_rows)
-    held = estimate_memory(*models, mode, config, num_devices, num_rows, length, count)
+    held = estimate_memory(model, mode, config, num_devices, num_rows, length, count)
     saved = held.pop("checkpoint")
     lines = [("model", f"{config.model}, {run_data.model_config.model_type}, "
-                       f"{sum(x.numel() for x in models[0].parameters()):,} parameters in {config.dtype}, "
+                       f"{sum(x.numel() for x in model.parameters()):,} parameters in {config.dtype}, "
                        f"computing in {config.compute_dtype}"),
              ("devices", f"{num_devices}, with {replicas} x {num_devices // replicas} shards of it; on each")]
-    in_host = {"weights", "gradients", "optimizer state"} if config.fsdp["cpu_offload"] else set()
+    in_host = IN_HOST if config.fsdp["cpu_offload"] else set()
     lines += [("", f"{size / 2**20:>12,.1f} MiB  {name}{' (in the host)' if name in in_host else ''}")
               for name, size in held.items()]
     in_all = sum(size for name, size in held.items() if name not in in_host)
@@ -55,13 +57,12 @@ def print_dry_run(config, objective, run_data, path):
     print_lines(lines)
 
 
-def estimate_memory(model, computing, mode, config, num_devices, num_rows, length, num_microbatches):
-    """Bytes on each of so many devices, {what: bytes}, for a model of fake tensors.
+def estimate_memory(model, mode, config, num_devices, num_rows, length, num_microbatches):
+    """Bytes on each of so many devices, {what: bytes}, for a model, of which only the form is read.
 
-    computing: the same in compute_dtype, without activation checkpointing. mode: the fake tensors'. A
-    microbatch has num_rows of `length` tokens, and a device so many of them in a step. Activations are what
-    one forward keeps for its backward, counted tensor by tensor; with activation checkpointing what follows
-    from that.
+    mode: that of the fake tensors to count with. A microbatch has num_rows of `length` tokens, and a device
+    so many of them in a step. Activations are what one forward keeps for its backward, counted
+    tensor by tensor; with activation checkpointing what follows from that.
     """
     def num_bytes(tensors, shards=1):  # FSDP cuts the first dimension
         return sum(math.ceil(x.shape[0] / shards) * math.prod(x.shape[1:]) * x.element_size()
@@ -72,6 +73,8 @@ def estimate_memory(model, computing, mode, config, num_devices, num_rows, lengt
     held = {"weights": num_bytes(weights, shards), "gradients": num_bytes(weights, shards),
             "optimizer state": optimizer_bytes(weights, config, shards),
             "checkpoint": num_bytes(weights) + optimizer_bytes(weights, config, 1)}
+    bf16 = num_devices == 1 and (config.compute_dtype, config.dtype) == ("bfloat16", "float32")
+    computing = fake_copy(model, mode, config.dtype if bf16 else config.compute_dtype)
     layers = decoder_layers(computing)
     inside = {x for layer in layers for x in layer.parameters()}
     if num_devices > 1 and fsdp["reduce_once"] and num_microbatches > 1:
@@ -80,16 +83,47 @@ def estimate_memory(model, computing, mode, config, num_devices, num_rows, lengt
         sizes = sorted(num_bytes(layer.parameters()) for layer in layers)
         held["gathered weights"] = num_bytes(x for x in computing.parameters() if x not in inside) + sum(
             sizes[-2:] if fsdp["reshard_after_forward"] else sizes)
-    states, activations = saved_by_forward(computing, mode, num_rows, length)
+    states, activations = saved_by_forward(computing, mode, num_rows, length, bf16)
     if config.activation_checkpointing and layers:  # each layer's input, and one layer's own
         activations = len(layers) * states.numel() * states.element_size() + activations / len(layers)
+    held["activations"] = activations
     vocab_size = model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 1
-    logits = min(num_rows * length * vocab_size, CHUNK_LOGITS + vocab_size)
-    held["activations"] = activations + logits * (2 * 4 + states.element_size())  # float32, and its gradient
+    logits = min(num_rows * length * vocab_size, CHUNK_LOGITS["cuda"] + vocab_size)
+    size = getattr(torch, config.compute_dtype).itemsize  # then float32, log-probabilities, and gradients
+    held["logits"] = logits * (3 * 4 + (2 * size if size < 4 else 0))
     return held
 
 
-def saved_by_forward(model, mode, num_rows, length):
+def tokens_that_fit(model, others, config, share=0.7) -> int:
+    """The budget of a microbatch's tokens: on a GPU what its free memory allows, at most 2**14.
+
+    model: the policy, before it is sharded. others: frozen models beside it. `share` of what is free besides
+    their weights, gradients and optimizer state goes to activations; the rest is for what is not counted.
+    """
+    if device().type == "cpu":
+        return default_max_tokens(config.compute_dtype)
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    one, two = (estimate_memory(model, mode, config, num_ranks(), num_rows, 512, 2) for num_rows in (1, 2))
+    per_token = (two["activations"] - one["activations"]) / 512
+    in_host = IN_HOST if config.fsdp["cpu_offload"] else set()
+    held = sum(size for name, size in one.items() if name not in in_host | {"checkpoint"}) - 512 * per_token
+    if not in_host:
+        shards = num_ranks() // config.fsdp["replicas"]
+        held += sum(x.numel() * x.element_size() for other in others for x in other.parameters()) / shards
+    return min(from_all(max(1, min(2**14, int(share * (free - held) / per_token)))))
+
+
+def fake_copy(model, mode, dtype):
+    """The model of fake tensors, its weights of `dtype`, as it is without activation checkpointing."""
+    with mode:
+        memo = {id(x): torch.nn.Parameter(torch.empty(x.shape, dtype=getattr(torch, dtype), device="cpu"))
+                for x in model.parameters()}
+        memo |= {id(x): torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in model.buffers()}
+        return copy.deepcopy(model, memo).eval()  # layers are checkpointed in training only
+
+
+def saved_by_forward(model, mode, num_rows, length, bf16):
     """The decoder's states (num_rows, length, D), and the bytes of all that its forward keeps."""
     own = {x.untyped_storage()._cdata for x in model.parameters()}  # fake storages have no public address
     saved = {}
@@ -102,7 +136,9 @@ def saved_by_forward(model, mode, num_rows, length):
 
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         ids = torch.zeros(num_rows, length, dtype=torch.long)
-        states = decoder_of(model)(input_ids=ids, use_cache=False)[0]
+        batch = types.SimpleNamespace(input_ids=ids, segments=None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), attention_of(model, batch):
+            states = decode(model, decoder_inputs(batch))[0]
     return states, sum(storage.nbytes() for storage in saved.values())
 
 

@@ -8,20 +8,22 @@ import dataclasses
 import functools
 import itertools
 import os
+import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 
 from engine import InputError, first_line
-from engine.batches import SEPARATE, Batch, Example, Layout, collate
+from engine.attention import attention_of
+from engine.batches import PACKED, SEPARATE, SHARED, Batch, Example, Layout, collate
 from engine.distributed import device, num_ranks, raise_on_all_ranks, rank, with_root_unsharded
 
-CHUNK_LOGITS = 2**24  # how many logits of a model exist at once
-ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by the clock
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # that exist at once: of a chunk, a GPU reads the whole head
+ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by a CPU's clock
 
 
 # ---------------------------------------------------------------- log-probabilities and scores
@@ -57,7 +59,7 @@ def read_tokens(function: Callable, models: list, batch: Batch, bf16=False) -> d
     """
     outputs = []
     for model in models:
-        with autocast(bf16), shared_attention(model, batch):
+        with autocast(bf16), attention_of(model, batch):
             outputs.append(decode(model, decoder_inputs(batch)))
     states = [output[0].flatten(0, 1)[batch.states] for output in outputs]  # (N, D) each
     names = []
@@ -69,7 +71,8 @@ def read_tokens(function: Callable, models: list, batch: Batch, bf16=False) -> d
         names[:] = values
         return tuple(values.values())  # a checkpoint passes no dict on
 
-    size = max(1, CHUNK_LOGITS // models[0].config.get_text_config().vocab_size)
+    size = len(models) * models[0].config.get_text_config().vocab_size
+    size = max(1, CHUNK_LOGITS[device().type] // size)
     chunks = list(zip(batch.targets.split(size), *(x.split(size) for x in states)))
     if len(chunks) > 1 and torch.is_grad_enabled():
         # reentrant: each chunk adds its (V, D) gradient in place
@@ -90,7 +93,7 @@ def token_kls(policy_logits, reference_logits, targets) -> dict[str, torch.Tenso
 
 def response_scores(model: PreTrainedModel, batch: Batch, bf16=False) -> torch.Tensor:
     """A reward model's scores (K, B) of the responses: its head at each one's last token."""
-    with autocast(bf16), shared_attention(model, batch):
+    with autocast(bf16), attention_of(model, batch):
         states = with_root_unsharded(model, lambda: model.base_model(**decoder_inputs(batch))[0])
     hidden = as_float(states.flatten(0, 1)[batch.ends])  # (K * B, D)
     head = model.score  # read in float32, for of bfloat16 scores many would be equal
@@ -101,11 +104,10 @@ def response_scores(model: PreTrainedModel, batch: Batch, bf16=False) -> torch.T
 
 
 def decoder_inputs(batch):
-    """A Batch as a decoder's arguments. Padding is on the right, where causal attention never looks."""
-    options = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.segments is not None:  # with a mask of ones transformers looks for no packing of its own
-        options |= {"position_ids": batch.positions, "attention_mask": torch.ones_like(batch.input_ids)}
-    return options
+    """A Batch as a decoder's arguments; see attention_of for the mask."""
+    places = {} if batch.segments is None else {"position_ids": batch.positions}
+    mask = torch.ones_like(batch.input_ids)
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False, **places}
 
 
 def decoder_of(model):
@@ -154,102 +156,167 @@ def as_float(values):
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------- several branches in a row
-
-
-@contextlib.contextmanager
-def shared_attention(model, batch):
-    """While it lasts, a token of a shared row sees only its prompt and its own response, by the model's rule.
-
-    The rule (causal, a sliding window, ...) is asked with the positions in the response's own sequence.
-    """
-    if batch.segments is None:
-        yield
-        return
-    name, segments, prompts, positions = (
-        model.config._attn_implementation, batch.segments, batch.prompts, batch.positions)
-    make_mask = MASKS[name]
-
-    def make_shared_mask(*arguments, mask_function, attention_mask=None, **options):
-        def allowed(b, h, q, k):
-            seen = (segments[b, k] == segments[b, q]) | (segments[b, k] == prompts[b, q])
-            return seen & mask_function(b, h, positions[b, q], positions[b, k])
-        return make_mask(*arguments, mask_function=allowed, attention_mask=None,
-                         **options | {"allow_is_causal_skip": False})
-
-    MASKS[name] = make_shared_mask
-    try:
-        yield
-    finally:
-        del MASKS[name]  # the override, not transformers' own entry
+# ---------------------------------------------------------------- layouts
 
 
 @raise_on_all_ranks
-def choose_layouts(setting: str, models: list[tuple], examples: list[Example]) -> tuple[Layout, ...]:
-    """The layouts that microbatches may have: separate rows, shared ones, or the cheaper each time.
+def choose_layouts(setting: str, models: list[tuple], examples: list[Example], bf16=False,
+                   quadratic=None) -> tuple[Layout, ...]:
+    """The layouts that microbatches may have: separate rows, shared ones, the cheaper each time, or packed.
 
     setting: `separate`, `shared` or `auto`. models: (model, response_logps or response_scores) pairs, the
-    policy's first; of several ranks the first tries them on the examples, and its answer counts. Costs are
-    multiply-adds of a token's forward, those in attention weighted by how much slower they are.
-    Raises InputError where setting=shared is not possible.
+    policy's first; of several ranks the first tries them on the examples, and its answer counts. bf16:
+    whether they compute in bfloat16. quadratic: what attention costs in separate and in shared rows, as
+    Layout has it, where that is known; else it is measured on a GPU. Raises InputError where setting=shared
+    is not possible.
     """
     if setting == "separate" or rank() > 0:  # which has no weights yet
         return (SEPARATE,)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() if num_ranks() > 1 else num_threads)  # while the others wait
-    reason = next(filter(None, (why_not_shared(*pair, examples) for pair in models)), None)
-    torch.set_num_threads(num_threads)
-    if reason and setting == "shared":
-        raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
-    if reason:
-        print(f"layout     separate, {reason}")
-        return (SEPARATE,)
     policy = models[0][0]
-    config = policy.config.get_text_config()
+    with at_hand([model for model, _ in models]):
+        if policy.config._attn_implementation == "varlen":
+            reasons = (why_not_shared(*pair, examples, PACKED, bf16) for pair in models)
+            if not (reason := next(filter(None, reasons), None)):
+                return (PACKED,)
+            print(f"attention  sdpa: with varlen there is a model {reason}")
+        reason = next(filter(None, (why_not_shared(*pair, examples, SHARED) for pair in models)), None)
+        if reason and setting == "shared":
+            raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
+        if reason:
+            print(f"layout     separate, {reason}")
+            return (SEPARATE,)
+        if setting == "shared":
+            return (SHARED,)
+        linear, attention = multiply_adds(policy)
+        if not quadratic and policy.device.type == "cuda":
+            quadratic = measure_attention(policy, linear, bf16)
+        quadratic = quadratic or (ATTENTION_COST * attention, ATTENTION_COST * 2 * attention)
+    return Layout(False, linear, quadratic[0]), Layout(True, linear, quadratic[1])
+
+
+def multiply_adds(model):
+    """Of a token's forward: in matrix products, without embeddings and head, of the experts that it takes;
+    and in causal attention, for each token of its row. A masked row looks at all of them, twice as many."""
+    config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = ATTENTION_COST * config.num_hidden_layers * config.num_attention_heads * head_dim
-    ends = policy.get_input_embeddings(), policy.get_output_embeddings()  # the second for responses alone
+    ends = model.get_input_embeddings(), model.get_output_embeddings()  # the second for responses alone
     heads = {end.weight for end in ends if end is not None}
-    linear = sum(x.numel() for x in policy.parameters() if x not in heads)
-    shared = Layout(True, linear, 2 * attention)
-    return (shared,) if setting == "shared" else (Layout(False, linear, attention), shared)
+    taken = getattr(config, "num_experts_per_tok", None)
+    linear = sum(x.numel() * (taken / x.shape[0] if taken and x.dim() == 3 else 1)
+                 for x in model.parameters() if x not in heads)
+    return linear, config.num_hidden_layers * config.num_attention_heads * head_dim
 
 
 @torch.no_grad()
-def why_not_shared(model, response_values, examples):
+def measure_attention(model, linear, bf16, length=2048, num_tokens=2**13, repeats=3) -> tuple[float, float]:
+    """Layout.quadratic of separate and of shared rows, by the clock: from rows of `length` tokens against
+    short ones, in which matrix products take all the time."""
+    length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", None) or length)
+
+    def measure(layout, length):
+        """Seconds a token, the fastest of a few, and how long the rows are."""
+        third = np.ones(max(1, length // 3), np.int32)
+        examples = [Example("", third, (third, third), {})] * max(1, num_tokens // (2 * length))
+        batch, times = collate(examples, layout=layout).to(model.device), []
+        for _ in range(1 + repeats):  # the first makes plans and gets memory
+            started = time.perf_counter()
+            with autocast(bf16), attention_of(model, batch):
+                decode(model, decoder_inputs(batch))[0].flatten()[0].item()  # waits
+            times.append(time.perf_counter() - started)
+        return min(times[1:]) / batch.input_ids.numel(), batch.input_ids.shape[1]
+    short, _ = measure(SEPARATE, 64)
+    long_ones = [measure(layout, length) for layout in (SEPARATE, SHARED)]
+    return tuple(max(0.0, linear * (seconds / short - 1) / width) for seconds, width in long_ones)
+
+
+@contextlib.contextmanager
+def at_hand(models):
+    """While it lasts: in a sharded run the first rank's models on its GPU, if they fit there; on a CPU with
+    all its cores, as other ranks wait."""
+    num_threads = torch.get_num_threads()
+    num_bytes = sum(4 * x.numel() for model in models for x in model.parameters())
+    is_moved = num_ranks() > 1 and device().type == "cuda" and 1.3 * num_bytes < torch.cuda.mem_get_info()[0]
+    if is_moved:
+        for model in models:
+            model.to(device())
+    elif num_ranks() > 1:
+        torch.set_num_threads(num_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+        for model in models if is_moved else ():
+            model.to("cpu")
+        torch.cuda.empty_cache()  # copies in float32
+
+
+def num_cores():
+    """Of this process, which may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@torch.no_grad()
+def why_not_shared(model, response_values, examples, layout=SHARED, bf16=False):
     """Why shared rows give this model other numbers than separate ones, or None: tried on three examples.
 
-    In float32 the responses' values must agree, and one's must not move with another's tokens: those of the
-    longest example in a row of its own, and of the two shortest, in one if they fit.
+    The responses' values must agree, and one's must not move with another's tokens: those of the longest
+    example in a row of its own, and of the two shortest, in one if they fit; each no longer than the model's
+    rule of attention looks, and 256 tokens. In float32; with bf16 as far as separate rows agree with that.
     """
+    limit = 256 + reach(model.config.get_text_config())
+
     def backwards(example, k):
-        responses = list(example.responses)[:1] + [example.responses[-1]]
+        responses = [ids[:limit // 2] for ids in (*example.responses[:1], example.responses[-1])]
         responses[k] = responses[k][::-1].copy()
-        return dataclasses.replace(example, responses=tuple(responses), columns={}, token_weights=None)
+        return dataclasses.replace(example, prompt=example.prompt[-(limit // 2):], columns={},
+                                   responses=tuple(responses), token_weights=None)
     ordered = sorted(examples, key=lambda example: example.num_tokens)
     pairs = [backwards(example, 1) for example in (ordered[-1], *ordered[:2])]
     others = [backwards(pair, 0) for pair in pairs[:2]] + pairs[2:]
+
+    def read(rows, layout, bf16):
+        return response_values(model, collate(rows, layout=layout).to(model.device), bf16)
     was_training = model.training
     model.eval()
-    narrow = [x for x in (*model.parameters(), *model.buffers()) if x.dtype == torch.bfloat16]
-    for x in narrow:
-        x.data = x.data.float()
     try:
-        apart, together, moved = (
-            response_values(model, collate(rows, layout=Layout(shared)).to(model.device))
-            for rows, shared in ((pairs, False), (pairs, True), (others, True)))
+        with in_float32(model):
+            exact = apart = read(pairs, SEPARATE, False)
+            if not bf16:
+                together, moved = read(pairs, layout, False), read(others, layout, False)
+        if bf16:
+            apart, together, moved = (read(rows, laid, True) for rows, laid in (
+                (pairs, SEPARATE), (pairs, layout), (others, layout)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may refuse positions or masks in its own way
         return f"which does not take shared prompts: {first_line(error)}"
     finally:
-        for x in narrow:
-            x.data = x.data.bfloat16()  # just what it was
         model.train(was_training)
     scale = apart.abs().clamp(min=1)
-    error = ((together - apart).abs() / scale).max().item()
-    if not error < 1e-4:
+    error, own = (((x - apart).abs() / scale).max().item() for x in (together, exact))
+    if not error < 1e-4 + 4 * own:  # own: of bfloat16
         return f"whose numbers in shared rows are off by {error:.1e}"
     change = (together - moved).abs() / scale
     leak = max(change[1].max().item(), change[:, 2:].amax(0).sum().item())
     return f"in which one response sees another (by {leak:.1e})" if leak > 1e-5 else None
+
+
+def reach(config):
+    """Tokens after which a model's rule may change: its windows and chunks, and where longrope does."""
+    settings = config.to_dict()
+    names = [name for name in settings if "window" in name or "chunk" in name or (
+        name == "original_max_position_embeddings" and "longrope" in str(settings))]
+    return max((settings[name] for name in names if isinstance(settings[name], int)), default=0)
+
+
+@contextlib.contextmanager
+def in_float32(model):
+    """While it lasts a model's bfloat16 weights are float32."""
+    narrow = [x for x in (*model.parameters(), *model.buffers()) if x.dtype == torch.bfloat16]
+    for x in narrow:
+        x.data = x.data.float()
+    try:
+        yield
+    finally:
+        for x in narrow:
+            x.data = x.data.bfloat16()  # just what it was

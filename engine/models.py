@@ -1,5 +1,6 @@
 """How are model, tokenizer, optimizer and learning rate made, and what is refused?"""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import hashlib
@@ -119,7 +120,9 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
         model_config.num_labels = 1
         pad = tokenizer.pad_token_id  # None is right for one text at a time, and refused by batches of them
         model_config.pad_token_id = None if pad == tokenizer.eos_token_id else pad
-    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention,
+    is_varlen = config.attention == "varlen"
+    attention = "sdpa" if is_varlen else config.attention  # which becomes varlen below
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": attention,
                "trust_remote_code": config.trust_remote_code}
     with refusing(f"the model {path}"):
         if blank or path == "tiny":
@@ -141,6 +144,9 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
                 x.data = x.data.clone()
     if not blank and (num_ranks() == 1 or "flash" not in (config.attention or "")):  # not on a CPU
         check_causal(model, path)
+    is_default = config.attention is None and device().type == "cuda" and config.compute_dtype == "bfloat16"
+    if is_varlen or (is_default and model.config._attn_implementation == "sdpa"):
+        model.set_attn_implementation("varlen")
     model.get_input_embeddings().padding_idx = None  # or an end token that also pads would not learn
     if config.activation_checkpointing:
         with refusing(f"the model {path} with activation_checkpointing"):
@@ -182,14 +188,19 @@ def load_beside(key, path, config, tokenizer, head=None) -> PreTrainedModel:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the model's weights: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = full_tensor(tensor)
-        if rank() == 0:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return from_first(digest.hexdigest())
+    """sha256 over the model's weights: names, types, shapes, and the sha256 of the bytes of each, for which
+    each core takes one weight after another."""
+    def hashed(values):
+        return hashlib.sha256(values.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    weights = []
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for name, tensor in sorted(model.state_dict().items()):
+            values = full_tensor(tensor)
+            if rank() == 0:
+                described = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+                weights.append((described, threads.submit(hashed, values.detach().cpu())))
+    text = "\n".join(f"{described} {future.result()}" for described, future in weights)
+    return from_first(hashlib.sha256(text.encode()).hexdigest())
 
 
 @contextlib.contextmanager

@@ -32,11 +32,11 @@ class SeededSampling(LogitsProcessor):
 
     The scores are divided by temperature (0: greedy), cut to the top_k largest (0: all) and then to the
     smallest set of tokens of probability top_p, and get Gumbel noise: the largest is then a draw from their
-    softmax.
+    softmax. The noise is drawn where the model is: a GPU's is not a CPU's.
     """
 
     def __init__(self, seeds, temperature, top_p, top_k=0):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator(device()).manual_seed(seed) for seed in seeds]
         self.temperature = temperature
         self.warpers = [TopKLogitsWarper(top_k)] if top_k else []
         self.warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
@@ -47,10 +47,10 @@ class SeededSampling(LogitsProcessor):
         scores = scores.float() / self.temperature
         for warper in self.warpers:
             scores = warper(input_ids, scores)
-        noise = torch.empty(scores.shape)
+        noise = torch.empty_like(scores)
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
-        return scores - noise.log().to(scores.device)  # -log of exponential noise is Gumbel noise
+        return scores - noise.log()  # -log of exponential noise is Gumbel noise
 
 
 class Sampler:
@@ -101,11 +101,15 @@ class Sampler:
                 bar.update(len(at_once))
 
     def group(self, prompts, limits):
-        """Numbers of prompts to be answered at once: of similar lengths, within the positions."""
+        """Numbers of prompts to be answered at once: of similar lengths, within the positions and a budget of
+        tokens, which have keys and values alone where a microbatch's have all activations."""
         batches, size = [], min(self.config.eval_batch_size, math.ceil(len(prompts) / num_ranks()))
+        max_tokens = 4 * self.batcher.max_tokens if device().type == "cuda" else 2**17
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            if batches and len(batches[-1]) < size and (  # all go on until the first, with most room, is done
-                    len(prompts[i]) + limits[batches[-1][0]] <= self.positions):
+            # all go on until the first, with most room, is done
+            length = len(prompts[i]) + limits[batches[-1][0]] if batches else 0
+            if batches and len(batches[-1]) < size and length <= min(
+                    self.positions, max_tokens / (len(batches[-1]) + 1)):
                 batches[-1].append(i)
             else:
                 batches.append([i])

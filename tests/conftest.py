@@ -160,7 +160,18 @@ def make_trainer(*arguments):
     """The Trainer of a small run that has not begun, with its folder."""
     trainer = train.build_trainer(config_of(*TINY_RUN, *arguments))
     os.makedirs(trainer.config.run_dir, exist_ok=True)
+    trainer.optimizer.register_step_post_hook(keep_gradients)
     return trainer
+
+
+def keep_gradients(optimizer, *_):
+    for p in optimizer.param_groups[0]["params"]:
+        p.kept_gradient = p.grad
+
+
+def last_gradient(p):
+    """A weight's: of a trainer's last step, which lets go of it, or the one that stands there."""
+    return getattr(p, "kept_gradient", p.grad)
 
 
 def needed(loss, sft_run):

@@ -321,9 +321,10 @@ def measured():
     train_step = Trainer.train_step
 
     def noting(self):
+        weights, gradients = list(self.policy.parameters()), []
+        self.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad for p in weights))
         metrics = train_step(self)
-        weights = list(self.policy.parameters())
-        held = {"weights": weights, "gradients": [p.grad for p in weights],
+        held = {"weights": weights, "gradients": gradients,
                 "optimizer state": [x for state in self.optimizer.state.values() for x in state.values()]}
         parts = {name: [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
                  for name, tensors in held.items()}

@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from conftest import DATA, FEW_ROWS, make_trainer
+from conftest import DATA, FEW_ROWS, last_gradient, make_trainer
 
 import train
 
@@ -27,7 +27,7 @@ def test_dry_run_says_what_a_run_holds(optimizer, per_weight, capsys):
     trainer = make_trainer("loss=dpo", f"optimizer={optimizer}", f"eval_data={FEW_ROWS}")
     trainer.train_step()
     weights = list(trainer.policy.parameters())
-    held = {"weights": weights, "gradients": [weight.grad for weight in weights],
+    held = {"weights": weights, "gradients": [last_gradient(weight) for weight in weights],
             "optimizer state": [x for state in trainer.optimizer.state.values() for x in state.values()]}
     held = {name: sum(x.numel() * x.element_size() for x in tensors) / MIB for name, tensors in held.items()}
     _, said = dry_run(capsys, "loss=dpo", f"optimizer={optimizer}", "exp_name=new")

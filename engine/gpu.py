@@ -1,0 +1,45 @@
+"""What is a GPU told before a run, and how near to its peak does a step come?"""
+
+import torch
+
+from engine.distributed import device, num_ranks
+from engine.forward import multiply_adds
+
+PEAKS = {  # bfloat16 FLOP/s, dense, by NVIDIA's datasheets, of a card whose name holds this; the first counts
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 4090": 165e12}
+
+
+def prepare_gpu():
+    """To be called before the first model. cuDNN's attention, torch 2.13's first choice on Hopper, gives NaN
+    gradients under masks of some lengths (pytorch #196678) and makes a plan for each new shape."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def gpu_metrics(throughput: dict) -> dict[str, float]:
+    """Of the steps since the last call: mfu, the share of the card's peak in bfloat16 that `flops` in
+    `seconds` reached, where that is known, and memory_gb, the most that was allocated. None on a CPU."""
+    if device().type == "cpu":
+        return {}
+    metrics = {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+    torch.cuda.reset_peak_memory_stats()
+    name = torch.cuda.get_device_name()
+    if peak := next((peak for card, peak in PEAKS.items() if card in name), None):
+        metrics["mfu"] = throughput["flops"] / throughput["seconds"] / num_ranks() / peak
+    return metrics
+
+
+def necessary_flops(model, examples, with_reference: bool) -> float:
+    """Floating-point operations of a step, forward and backward, on each prompt and response once, unpadded.
+
+    with_reference: whether a reference as large runs in the step too, forward alone.
+    """
+    linear, attention = multiply_adds(model)
+    config, head = model.config.get_text_config(), model.get_output_embeddings() is not None
+    num_logits = head * config.vocab_size * config.hidden_size
+    total = 0
+    for example in examples:
+        prompt, lengths = len(example.prompt), [*map(len, example.responses)]
+        pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in lengths)
+        total += linear * example.num_tokens + 2 * attention * pairs + num_logits * sum(lengths)
+    return total * 2 * (3 + with_reference)  # a backward is two forwards
