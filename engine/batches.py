@@ -164,11 +164,15 @@ def microbatches(examples, num_parts, max_tokens, layouts=(SEPARATE,), level=Fal
     for i in range(num_parts):
         part = ordered[i * len(ordered) // num_parts:(i + 1) * len(ordered) // num_parts]
         pieces = cut_by_budget(part, max_tokens, layouts)
-        if level and len(pieces) > 1:  # to the mean and one example more, for a piece ends before its budget
+        if level and len(pieces) > 1:  # the smallest budget that cuts it into no more
             sizes = [math.prod(layout.shape(piece, layout.rows(piece))) for piece, layout in pieces]
-            budget = sum(sizes) // len(sizes) + max(math.prod(x.shape(part, [[0]])) for x in layouts)
-            levelled = cut_by_budget(part, min(budget, max_tokens), layouts)
-            pieces = levelled if len(levelled) == len(pieces) else pieces
+            low, high = sum(sizes) // len(sizes) - 1, max_tokens
+            while high - low > max(1, low // 50):
+                middle = (low + high) // 2
+                tried = cut_by_budget(part, middle, layouts)
+                is_enough = len(tried) == len(pieces)
+                low, high = (low, middle) if is_enough else (middle, high)
+                pieces = tried if is_enough else pieces
         parts += pieces
     return parts
 

@@ -8,8 +8,8 @@ import torch
 from conftest import FEW_ROWS, make_trainer
 
 from engine import batches
-from engine.batches import (SEPARATE, Batcher, Example, Layout, collate, default_max_tokens, microbatches,
-                            split_over_ranks, stream)
+from engine.batches import (PACKED, SEPARATE, SHARED, Batcher, Example, Layout, collate, default_max_tokens,
+                            microbatches, split_over_ranks, stream)
 from engine.distributed import Stopped, StopRequest
 
 
@@ -115,6 +115,32 @@ def test_microbatches_hold_every_example_once_under_the_budget():
     assert len(microbatches(examples, 1, 1)) == 53
     lengths = [e.row_length for batch, _ in microbatches(examples, 3, 200) for e in batch]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_microbatches_of_a_step_are_level_on_a_gpu():
+    """By hand: 6 pairs of 10 tokens each, in a budget of 40: as 4 and 2, or 3 and 3. Of any lengths no more
+    pieces, none beyond the budget, and no small rest."""
+    pairs = [example([1] * 6, [2] * 2, [3] * 2) for _ in range(6)]
+    for level, sizes in ((False, [4, 2]), (True, [3, 3])):
+        assert [len(part) for part, _ in microbatches(pairs, 1, 40, (PACKED,), level)] == sizes
+    rng = random.Random(0)
+    examples = [example([1] * rng.randint(1, 30), [2] * rng.randint(1, 30), [3] * rng.randint(1, 30))
+                for _ in range(53)]
+    for layouts in ((SEPARATE,), (SHARED,), (PACKED,), (SEPARATE, SHARED)):
+        sizes = {}
+        for level in (False, True):
+            parts = microbatches(examples, 1, 500, layouts, level)
+            assert sorted(id(x) for part, _ in parts for x in part) == sorted(map(id, examples))
+            sizes[level] = [collate(part, layout=layout).input_ids.numel() for part, layout in parts]
+        assert len(sizes[True]) == len(sizes[False]) > 3 and max(sizes[True]) <= 500
+        assert min(sizes[True]) >= max(min(sizes[False]), 0.8 * max(sizes[True]))
+
+
+def test_packed_rows_are_one_row_of_all_that_fit():
+    examples = [example([1] * (n - 2), [2], [3]) for n in (10, 6, 5, 4)]
+    assert PACKED.rows(examples, 20) == [[0, 1]] and PACKED.rows(examples, 21) == [[0, 1, 2]]
+    assert PACKED.rows(examples, 9) == [[0]] and PACKED.rows(examples) == [[0, 1, 2, 3]]
+    assert collate(examples, layout=PACKED).input_ids.shape == (1, 25)
 
 
 def test_columns_follow_their_examples_through_sorting():

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import data
+import engine.checkpoints
 import train
 from engine import InputError
 from engine.checkpoints import load_config, lock_folder, read_state
@@ -84,6 +85,20 @@ def test_random_state_is_restored(r):
     given = read_arguments(["resume=true", f"run_dir={r}"])
     train.build_trainer(*load_config(given, OBJECTIVES, data.DATASETS))
     assert torch.equal(torch.get_rng_state(), saved)
+
+
+def test_an_optimizers_state_is_made_one_weight_at_a_time(r, monkeypatch):
+    """A second set of all weights and gradients would not fit where the run did."""
+    made, make = [], engine.checkpoints.make_optimizer
+
+    def counting(parameters, config):
+        made.append(len(parameters))
+        return make(parameters, config)
+    monkeypatch.setattr(engine.checkpoints, "make_optimizer", counting)
+    given = read_arguments(["resume=true", f"run_dir={r}"])
+    trainer = train.build_trainer(*load_config(given, OBJECTIVES, data.DATASETS))
+    weights = [*trainer.policy.parameters()]
+    assert made == [1] * len(weights) and all(trainer.optimizer.state[x]["step"] > 0 for x in weights)
 
 
 def test_what_state_json_may_lack(r, run):

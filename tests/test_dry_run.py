@@ -4,9 +4,12 @@ import os
 import re
 
 import pytest
+import torch
 from conftest import DATA, FEW_ROWS, last_gradient, make_trainer
 
+import engine.dry_run
 import train
+from engine.dry_run import tokens_that_fit
 
 MIB = 2**20
 TINY = 440_704  # weights of tiny, with the 439 tokens of FEW_ROWS: 2 * 439 * 128 + 2 * 164_096 + 128
@@ -80,8 +83,9 @@ def test_dry_run_counts_any_optimizers_state(optimizer, per_weight, capsys):
 def test_what_saves_memory_is_counted(capsys):
     settings = ["world_size=8", "gradient_accumulation_steps=2"]
     _, plain = dry_run(capsys, *settings)
-    parts = ("weights", "gradients", "optimizer state", "whole gradients", "gathered weights", "activations")
-    assert plain["in all"] == pytest.approx(sum(plain[name] for name in parts), abs=0.06 * 7)
+    parts = ("weights", "gradients", "optimizer state", "whole gradients", "gathered weights", "activations",
+             "logits")
+    assert plain["in all"] == pytest.approx(sum(plain[name] for name in parts), abs=0.06 * 8)
     assert plain["whole gradients"] == pytest.approx(TINY * 4 / MIB, abs=ROUNDING)
     assert "whole gradients" not in dry_run(capsys, *settings, "fsdp.reduce_once=false")[1]
     assert "whole gradients" not in dry_run(capsys, "world_size=8")[1]  # one microbatch has no use for them
@@ -95,4 +99,55 @@ def test_what_saves_memory_is_counted(capsys):
     assert hybrid[1]["weights"] == pytest.approx(TINY * 4 / 2 / MIB, abs=ROUNDING)
     output, offloaded = dry_run(capsys, *settings, "fsdp.cpu_offload=true")
     assert output.count("(in the host)") == 3
-    assert offloaded["in all"] == pytest.approx(sum(plain[name] for name in parts[3:]), abs=0.06 * 4)
+    assert offloaded["in all"] == pytest.approx(sum(plain[name] for name in parts[3:]), abs=0.06 * 5)
+
+
+def test_activations_are_what_a_forward_keeps():
+    """Against the bytes that autograd holds of a real forward, beside the weights: a policy in training."""
+    trainer = make_trainer(f"eval_data={FEW_ROWS}")
+    config, policy = trainer.config, trainer.policy
+    mode = engine.dry_run.FakeTensorMode(allow_non_fake_inputs=True)
+    estimated = [engine.dry_run.estimate_memory(policy, mode, config, 1, rows, 64, 1)["activations"]
+                 for rows in (2, 4)]
+    own, kept = {x.untyped_storage().data_ptr() for x in policy.parameters()}, {}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+    measured = []
+    for rows in (2, 4):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            states = policy.model(input_ids=torch.zeros(rows, 64, dtype=torch.long), use_cache=False)[0]
+        measured.append(sum(x.untyped_storage().nbytes() for x in kept.values()))
+        del states
+    assert estimated == pytest.approx(measured, rel=0.01) and measured[1] > 1.5 * measured[0]
+
+
+def test_the_budget_is_what_free_memory_holds(monkeypatch):
+    """On a GPU, by hand: 0.7 of what is left beside weights, gradients, optimizer and a reference, by the
+    bytes of a token; the smallest of all ranks; on a CPU what suits its caches."""
+    trainer = make_trainer("loss=dpo", f"eval_data={FEW_ROWS}")
+    policy, config, mode = trainer.policy, trainer.config, engine.dry_run.FakeTensorMode()
+    assert tokens_that_fit(policy, [policy], config) == 1024
+    one, two = (engine.dry_run.estimate_memory(policy, mode, config, 1, rows, 512, 1) for rows in (1, 2))
+    per_token = (two["activations"] - one["activations"]) / 512
+    held = 4 * TINY * 4 + one["logits"] + (one["activations"] - 512 * per_token)  # four times the weights
+
+    monkeypatch.setattr(engine.dry_run, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 100)
+    for tokens, expected in ((3000, 3000), (10**6, 16384), (0, 1), (-5, 1)):
+        free = held + tokens * per_token / 0.7
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free - 100, 0))
+        assert tokens_that_fit(policy, [policy], config) == pytest.approx(expected, abs=3)
+    monkeypatch.setattr(engine.dry_run, "from_all", lambda value: [700, value])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (held + 3000 * per_token / 0.7, 0))
+    assert tokens_that_fit(policy, [policy], config) == 700
+
+
+def test_float32_weights_in_bfloat16_keep_more_than_bfloat16_weights(capsys):
+    """On one device autocast keeps a copy of each weight, and the residual stream stays float32."""
+    one = dry_run(capsys, "compute_dtype=bfloat16")[1]["activations"]
+    narrow = dry_run(capsys, "compute_dtype=bfloat16", "dtype=bfloat16")[1]["activations"]
+    assert one > narrow + 2 * 2 * 164_096 / MIB  # of the layers' weights, 2 bytes each

@@ -235,6 +235,26 @@ def test_a_leak_is_found_by_what_moves(k, example, found):
     assert [example.num_tokens for example in together.examples] == [35, 24, 28]
 
 
+@pytest.mark.parametrize("model_type, settings, limit", [
+    ("llama", {}, 256), ("mistral", {"sliding_window": 300}, 556), ("mistral", {"sliding_window": None}, 256),
+    ("llama4_text", {"attention_chunk_size": 500}, 756)])
+def test_what_is_tried_is_no_longer_than_a_models_rule(model_type, settings, limit):
+    """A prompt to its end, responses from their start; beyond that nothing new would be seen."""
+    config, seen = CONFIG_MAPPING[model_type](**settings), []
+    model = tiny_of("llama")
+    model.config.get_text_config = lambda: config
+    long = Example("x", np.arange(3, 903), (np.arange(3, 903), np.arange(3, 7)), {})
+
+    def values(model, batch, bf16):
+        seen.append(batch.examples[0])
+        return torch.zeros(2, 3)
+    assert why_not_shared(model, values, [long, *random_pairs()]) is None
+    for tried in seen[:2]:
+        assert tried.prompt.tolist() == [*range(903 - limit // 2, 903)]
+        assert tried.responses[0].tolist() == [*range(3, 3 + limit // 2)]
+        assert tried.responses[1].tolist() == [6, 5, 4, 3]  # backwards, that a response is not the prompt's
+
+
 def test_packed_examples_and_reward_models_are_tried_too(capsys):
     """A model that is right for one pair in a row but not for two, and a judge that is another model."""
     policy, examples = tiny_of("llama"), random_pairs()

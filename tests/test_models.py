@@ -1,5 +1,6 @@
 """Tokenizer, models and optimizer: how they are made, and which are refused, with the reason."""
 
+import hashlib
 import json
 import math
 import os
@@ -11,8 +12,10 @@ import torch
 from conftest import DATA, FEW_ROWS, TINY_RUN, config_of, make_trainer, tiny_of
 from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig,
-                          LlamaForCausalLM, LlamaForSequenceClassification, RobertaConfig, RobertaForCausalLM)
+                          LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel, RobertaConfig,
+                          RobertaForCausalLM)
 
+import engine.models
 from engine.batches import Example, collate
 from engine.forward import response_scores
 from engine.models import (as_steps, fingerprint, learning_rate, load_end_ids, load_tokenizer, make_optimizer,
@@ -134,6 +137,25 @@ def test_a_fingerprint_is_of_every_weight():
     prints.append(fingerprint(model))
     prints.append(fingerprint(model.bfloat16()))
     assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_a_fingerprint_by_hand():
+    """The sha256 of a line for each weight: name, type, shape and its own sha256; in the names' order."""
+    model = tiny_of("llama")
+    lines = [f"{name} {x.dtype} {tuple(x.shape)} {hashlib.sha256(x.numpy().tobytes()).hexdigest()}"
+             for name, x in sorted(model.state_dict().items())]
+    assert fingerprint(model) == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def test_attention_without_a_mask_is_a_gpus_default_in_bfloat16(sft_run, monkeypatch):
+    """Where the model's own is sdpa; else it stays as it is, and on a CPU too."""
+    def attention(*settings):
+        return make_trainer(*QUICK, f"model={sft_run}/LATEST", *settings).policy.config._attn_implementation
+    assert attention("compute_dtype=bfloat16") == "sdpa" and attention("attention=varlen") == "varlen"
+    monkeypatch.setattr(engine.models, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(PreTrainedModel, "to", lambda self, device: self)
+    assert attention("compute_dtype=bfloat16") == "varlen" and attention() == "sdpa"
+    assert attention("compute_dtype=bfloat16", "attention=eager") == "eager"
 
 
 # ---------------------------------------------------------------- reward models

@@ -1,11 +1,13 @@
 """What the person sees: the rows' report, the summary, evaluations, samples and the closing table."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import DATA, FEW_ROWS, TINY_RUN, make_trainer, write_lines
 
-from engine.report import Report, print_results, print_samples
+from engine.report import Report, notes_of, print_results, print_samples
 from losses import OBJECTIVES
 
 
@@ -60,6 +62,16 @@ def test_the_summary_notes_a_begin_token_that_prompts_lack(capsys):
     trainer = make_trainer(*settings, "add_bos=true")
     assert "note " not in capsys.readouterr().out
     assert trainer.train_examples[0].prompt[0] == trainer.data.tokenizer.bos_token_id
+
+
+def test_float32_on_a_gpu_is_noted():
+    trainer = make_trainer(f"eval_data={FEW_ROWS}")
+    for device, dtype, noted in (("cuda", "float32", True), ("cuda", "bfloat16", False),
+                                 ("cpu", "float32", False)):
+        trainer.config.compute_dtype = dtype
+        policy = SimpleNamespace(device=torch.device(device))
+        notes = [*notes_of(trainer.config, trainer.data, policy)]
+        assert any("compute_dtype=bfloat16 is about ten times as fast" in note for note in notes) is noted
 
 
 def test_samples_are_cut_to_what_a_terminal_shows(capsys):

@@ -1,5 +1,6 @@
 """Answers depend on prompt and seed alone, come from the model's distribution, and are judged rightly."""
 
+import dataclasses
 import math
 import os
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, config_of, make_trainer, re
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GenerationConfig, GPT2Config, GPT2LMHeadModel)
 
+import engine.sampling
 from data import Dataset
 from engine import InputError
 from engine.batches import Example
@@ -125,6 +127,17 @@ def test_long_prompts_have_less_room_and_share_batches():
     prompts = prompts_of(3, 44, 45)
     for batch, answers in sampler.batches(trainer.policy, prompts, [30] * 3, range(3), PLAIN):
         assert all(0 < len(ids) <= (30, 6, 5)[i] for i, ids in zip(batch, answers))
+
+
+def test_prompts_answered_at_once_are_bounded_by_tokens(monkeypatch):
+    """On a GPU to four microbatches' tokens, 400 here, room for answers counted; a long one goes alone."""
+    trainer = make_trainer(*QUICK)
+    sampler = sampler_of(trainer)
+    sampler.batcher = dataclasses.replace(sampler.batcher, max_tokens=100)
+    prompts, limits = prompts_of(*[10] * 9, 60, 600), [40] * 11
+    assert [len(batch) for batch in sampler.group(prompts, limits)] == [11]
+    monkeypatch.setattr(engine.sampling, "device", lambda: torch.device("cuda", 0))
+    assert [len(batch) for batch in sampler.group(prompts, limits)] == [8, 2, 1]
 
 
 def test_batches_that_are_known_are_left_out():
