@@ -11,15 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from engine import InputError
-from engine.batches import (CACHED, LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens,
-                            stream)
+from engine.batches import LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens, stream
 from engine.cache import ReferenceCache, score_or_read
 from engine.checkpoints import COUNTERS, Checkpoints, RunFolder, read_state, restore_state, save_model
 from engine.distributed import (WAITS, Stopped, StopRequest, device, from_first, full_tensor, meta_copy,
                                 num_ranks, shard, sum_over_ranks, sync_gradients)
 from engine.dry_run import tokens_that_fit
 from engine.forward import choose_layouts, response_logps, response_scores
-from engine.gpu import gpu_metrics, necessary_flops
+from engine.gpu import gpu_metrics, step_flops
 from engine.models import as_steps, fingerprint, learning_rate, make_optimizer
 from engine.objectives import (SELF_PLAY, WEIGHT, call_loss, can_cache, join, parameters, read_values,
                                step_state, token_losses)
@@ -44,7 +43,6 @@ class Trainer:
         self.train_examples = [] if self.objective.self_play else run_data.train_examples
         self.step = self.examples = self.first_step = self.first_examples = 0
         self.iteration = -1 if self.objective.self_play else 0
-        self.measured = {}  # on a GPU: what make_batcher found
         self.state, self.opponent = {}, None  # what after_step moves; who answered this iteration's prompts
         # What a loss takes of a model: (K, B).
         self.response_values = response_scores if self.objective.inputs == "scores" else response_logps
@@ -86,24 +84,17 @@ class Trainer:
             self.restore(checkpoint)
 
     def make_batcher(self, policy, reference, reward_model, checkpoint=None):
-        """Makes batches in the layouts in which all of these models give the numbers of plain rows.
-
-        What is measured for them on a GPU stays so when a run goes on.
-        """
-        config, values, on_gpu = self.config, self.response_values, device().type == "cuda"
-        known = read_state(checkpoint)["measured"] if checkpoint and on_gpu else {}
+        """Makes batches in the layouts in which all of these models give the numbers of plain rows."""
+        config, values = self.config, self.response_values
         models = {policy: values, reference: values, reward_model: response_scores}
         models = [pair for pair in models.items() if pair[0]]  # policy and reference may be one, or some None
         examples = [*self.data.train_examples, *self.data.eval_examples]  # of which some are tried
+        self.measured = read_state(checkpoint)["measured"] if checkpoint else {}  # on a GPU, once for a run
         layouts = from_first(choose_layouts(
-            config.layout, models, examples, config.compute_dtype == "bfloat16", known.get("quadratic")))
-        frozen = [model for model in (reference, reward_model) if model]
-        fitting = known.get("max_tokens") or tokens_that_fit(policy, frozen, config)
-        if on_gpu:
-            costs = [layout.quadratic for layout in layouts] if len(layouts) > 1 else None
-            self.measured = {"quadratic": costs, "max_tokens": fitting}
+            config.layout, models, examples, config.compute_dtype == "bfloat16", self.measured))
+        max_tokens = config.max_tokens_per_microbatch or tokens_that_fit(
+            policy, [model for model in (reference, reward_model) if model], config, self.measured)
         dtype = torch.promote_types(policy.dtype, torch.float32)
-        max_tokens = config.max_tokens_per_microbatch or fitting
         return Batcher(layouts, max_tokens, config.eval_batch_size, dtype, self.stop)
 
     def bind_settings(self):
@@ -207,10 +198,8 @@ class Trainer:
             self.state = step_state(objective, self.step, metrics, self.policy, self.reference, self.state)
             self.bind_settings()
         self.throughput.update(examples=len(examples), tokens=sum(example.num_tokens for example in examples),
+                               flops=step_flops(self.policy, examples, objective.needs_reference),
                                seconds=time.perf_counter() - started)
-        if device().type == "cuda":
-            is_asked = objective.needs_reference and CACHED not in examples[0].columns
-            self.throughput["flops"] += necessary_flops(self.policy, examples, is_asked)
         return metrics | self.epoch_metrics()
 
     def compute_losses(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict]:

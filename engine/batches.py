@@ -164,15 +164,14 @@ def microbatches(examples, num_parts, max_tokens, layouts=(SEPARATE,), level=Fal
     for i in range(num_parts):
         part = ordered[i * len(ordered) // num_parts:(i + 1) * len(ordered) // num_parts]
         pieces = cut_by_budget(part, max_tokens, layouts)
-        if level and len(pieces) > 1:  # the smallest budget that cuts it into no more
-            sizes = [math.prod(layout.shape(piece, layout.rows(piece))) for piece, layout in pieces]
-            low, high = sum(sizes) // len(sizes) - 1, max_tokens
-            while high - low > max(1, low // 50):
-                middle = (low + high) // 2
-                tried = cut_by_budget(part, middle, layouts)
-                is_enough = len(tried) == len(pieces)
-                low, high = (low, middle) if is_enough else (middle, high)
-                pieces = tried if is_enough else pieces
+        low, high = 0, max_tokens if level and len(pieces) > 1 else 0
+        while high - low > max(1, high // 50):  # for the smallest budget that cuts it into no more
+            middle = (low + high) // 2
+            tried = cut_by_budget(part, middle, layouts)
+            if len(tried) == len(pieces):
+                pieces, high = tried, middle
+            else:
+                low = middle
         parts += pieces
     return parts
 

@@ -94,14 +94,17 @@ def estimate_memory(model, mode, config, num_devices, num_rows, length, num_micr
     return held
 
 
-def tokens_that_fit(model, others, config, share=0.7) -> int:
+def tokens_that_fit(model, others, config, measured, share=0.7) -> int:
     """The budget of a microbatch's tokens: on a GPU what its free memory allows, at most 2**14.
 
     model: the policy, before it is sharded. others: frozen models beside it. `share` of what is free besides
     their weights, gradients and optimizer state goes to activations; the rest is for what is not counted.
+    measured: where it is noted, or known from before.
     """
     if device().type == "cpu":
         return default_max_tokens(config.compute_dtype)
+    if "max_tokens" in measured:
+        return measured["max_tokens"]
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     one, two = (estimate_memory(model, mode, config, num_ranks(), num_rows, 512, 2) for num_rows in (1, 2))
@@ -111,7 +114,8 @@ def tokens_that_fit(model, others, config, share=0.7) -> int:
     if not in_host:
         shards = num_ranks() // config.fsdp["replicas"]
         held += sum(x.numel() * x.element_size() for other in others for x in other.parameters()) / shards
-    return min(from_all(max(1, min(2**14, int(share * (free - held) / per_token)))))
+    measured["max_tokens"] = min(from_all(max(1, min(2**14, int(share * (free - held) / per_token)))))
+    return measured["max_tokens"]
 
 
 def fake_copy(model, mode, dtype):

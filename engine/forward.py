@@ -161,14 +161,13 @@ def as_float(values):
 
 @raise_on_all_ranks
 def choose_layouts(setting: str, models: list[tuple], examples: list[Example], bf16=False,
-                   quadratic=None) -> tuple[Layout, ...]:
+                   measured=None) -> tuple[Layout, ...]:
     """The layouts that microbatches may have: separate rows, shared ones, the cheaper each time, or packed.
 
     setting: `separate`, `shared` or `auto`. models: (model, response_logps or response_scores) pairs, the
     policy's first; of several ranks the first tries them on the examples, and its answer counts. bf16:
-    whether they compute in bfloat16. quadratic: what attention costs in separate and in shared rows, as
-    Layout has it, where that is known; else it is measured on a GPU. Raises InputError where setting=shared
-    is not possible.
+    whether they compute in bfloat16. measured: a dict, where a GPU's costs of attention are noted, or known
+    from before. Raises InputError where setting=shared is not possible.
     """
     if setting == "separate" or rank() > 0:  # which has no weights yet
         return (SEPARATE,)
@@ -188,10 +187,11 @@ def choose_layouts(setting: str, models: list[tuple], examples: list[Example], b
         if setting == "shared":
             return (SHARED,)
         linear, attention = multiply_adds(policy)
-        if not quadratic and policy.device.type == "cuda":
-            quadratic = measure_attention(policy, linear, bf16)
-        quadratic = quadratic or (ATTENTION_COST * attention, ATTENTION_COST * 2 * attention)
-    return Layout(False, linear, quadratic[0]), Layout(True, linear, quadratic[1])
+        costs = ATTENTION_COST * attention, ATTENTION_COST * 2 * attention
+        if policy.device.type == "cuda":
+            costs = measured.get("attention") or measure_attention(policy, linear, bf16)
+            measured["attention"] = costs
+    return Layout(False, linear, costs[0]), Layout(True, linear, costs[1])
 
 
 def multiply_adds(model):
@@ -240,7 +240,7 @@ def at_hand(models):
         for model in models:
             model.to(device())
     elif num_ranks() > 1:
-        torch.set_num_threads(num_cores())
+        torch.set_num_threads(os.cpu_count())
     try:
         yield
     finally:
@@ -248,11 +248,6 @@ def at_hand(models):
         for model in models if is_moved else ():
             model.to("cpu")
         torch.cuda.empty_cache()  # copies in float32
-
-
-def num_cores():
-    """Of this process, which may be fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @torch.no_grad()

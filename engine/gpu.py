@@ -2,6 +2,7 @@
 
 import torch
 
+from engine.batches import CACHED
 from engine.distributed import device, num_ranks
 from engine.forward import multiply_adds
 
@@ -27,6 +28,13 @@ def gpu_metrics(throughput: dict) -> dict[str, float]:
     if peak := next((peak for card, peak in PEAKS.items() if card in name), None):
         metrics["mfu"] = throughput["flops"] / throughput["seconds"] / num_ranks() / peak
     return metrics
+
+
+def step_flops(model, examples, needs_reference) -> float:
+    """necessary_flops of a step on a GPU; a reference whose numbers are known does not run."""
+    if device().type == "cpu":
+        return 0.0
+    return necessary_flops(model, examples, needs_reference and CACHED not in examples[0].columns)
 
 
 def necessary_flops(model, examples, with_reference: bool) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.distributed import from_all, num_ranks, rank
+from engine.distributed import device, from_all, num_ranks, rank
 
 
 # Columns that look like data.
@@ -90,13 +90,13 @@ def print_summary(config, objective, run_data, policy, num_steps, resumed_at=Non
                            "in the data"))
     lines += [("lengths", describe_lengths(run_data.train_examples)),
               ("first", mark_answers(run_data.train_examples[0], run_data.tokenizer)),
-              *(("note", note) for note in notes_of(config, run_data, policy))]
+              *(("note", note) for note in notes_of(config, run_data))]
     print_lines(lines)
 
 
-def notes_of(config, run_data, policy):
+def notes_of(config, run_data):
     """What is to be said of a slow setting, and where prompts are probably not what the model knows."""
-    if policy.device.type == "cuda" and config.compute_dtype == "float32":
+    if device().type == "cuda" and config.compute_dtype == "float32":
         yield "compute_dtype=bfloat16 is about ten times as fast on a GPU; weights stay float32"
     tokenizer, begin = run_data.tokenizer, run_data.tokenizer.bos_token_id
     if run_data.train_examples[0].prompt[0] != begin and tokenizer("a")["input_ids"][:1] == [begin]:

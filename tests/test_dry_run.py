@@ -130,7 +130,7 @@ def test_the_budget_is_what_free_memory_holds(monkeypatch):
     bytes of a token; the smallest of all ranks; on a CPU what suits its caches."""
     trainer = make_trainer("loss=dpo", f"eval_data={FEW_ROWS}")
     policy, config, mode = trainer.policy, trainer.config, engine.dry_run.FakeTensorMode()
-    assert tokens_that_fit(policy, [policy], config) == 1024
+    assert tokens_that_fit(policy, [policy], config, {}) == 1024
     one, two = (engine.dry_run.estimate_memory(policy, mode, config, 1, rows, 512, 1) for rows in (1, 2))
     per_token = (two["activations"] - one["activations"]) / 512
     held = 4 * TINY * 4 + one["logits"] + (one["activations"] - 512 * per_token)  # four times the weights
@@ -140,10 +140,12 @@ def test_the_budget_is_what_free_memory_holds(monkeypatch):
     for tokens, expected in ((3000, 3000), (10**6, 16384), (0, 1), (-5, 1)):
         free = held + tokens * per_token / 0.7
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free - 100, 0))
-        assert tokens_that_fit(policy, [policy], config) == pytest.approx(expected, abs=3)
+        assert tokens_that_fit(policy, [policy], config, {}) == pytest.approx(expected, abs=3)
     monkeypatch.setattr(engine.dry_run, "from_all", lambda value: [700, value])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (held + 3000 * per_token / 0.7, 0))
-    assert tokens_that_fit(policy, [policy], config) == 700
+    measured = {}
+    assert tokens_that_fit(policy, [policy], config, measured) == 700 and measured == {"max_tokens": 700}
+    assert tokens_that_fit(policy, [policy], config, {"max_tokens": 800}) == 800  # of a run that goes on
 
 
 def test_float32_weights_in_bfloat16_keep_more_than_bfloat16_weights(capsys):

@@ -1,12 +1,12 @@
 """What the person sees: the rows' report, the summary, evaluations, samples and the closing table."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DATA, FEW_ROWS, TINY_RUN, make_trainer, write_lines
 
+import engine.report
 from engine.report import Report, notes_of, print_results, print_samples
 from losses import OBJECTIVES
 
@@ -64,13 +64,13 @@ def test_the_summary_notes_a_begin_token_that_prompts_lack(capsys):
     assert trainer.train_examples[0].prompt[0] == trainer.data.tokenizer.bos_token_id
 
 
-def test_float32_on_a_gpu_is_noted():
+def test_float32_on_a_gpu_is_noted(monkeypatch):
     trainer = make_trainer(f"eval_data={FEW_ROWS}")
     for device, dtype, noted in (("cuda", "float32", True), ("cuda", "bfloat16", False),
                                  ("cpu", "float32", False)):
         trainer.config.compute_dtype = dtype
-        policy = SimpleNamespace(device=torch.device(device))
-        notes = [*notes_of(trainer.config, trainer.data, policy)]
+        monkeypatch.setattr(engine.report, "device", lambda device=device: torch.device(device))
+        notes = [*notes_of(trainer.config, trainer.data)]
         assert any("compute_dtype=bfloat16 is about ten times as fast" in note for note in notes) is noted
 
 

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import (DATA, config_of, last_gradient, latest, numbers, obvious_logp, read_lines, same_weights,
+from conftest import (DATA, config_of, keep_gradients, last_gradient, latest, numbers, obvious_logp, read_lines, same_weights,
                       tiny_of, write_lines)
 from on_ranks import on_ranks
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -52,7 +52,9 @@ def make_model(folder="m", template=CHAT, scores=False, seed=0, pad="<unk>", num
 
 
 def build(*arguments):
-    return train.build_trainer(config_of(*QUICK, *arguments))
+    trainer = train.build_trainer(config_of(*QUICK, *arguments))
+    trainer.optimizer.register_step_post_hook(keep_gradients)
+    return trainer
 
 
 def began(*settings):
