@@ -1,10 +1,12 @@
-"""The three benchmarks measure what they say, and their commands in README.md and docs/ run."""
+"""The benchmarks measure what they say, and their commands in README.md and docs/ run."""
 
 import argparse
+import contextlib
 import dataclasses
 import glob
 import importlib.util
 import io
+import json
 import math
 import os
 import re
@@ -12,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from conftest import FEW_ROWS, ROOT, config_of, losses_of, make_trainer, read_li
 from transformers import AutoConfig, AutoTokenizer
 
 from engine import batches
+from engine.gpu import necessary_flops
 
 PAGES = "".join(open(path, encoding="utf-8").read() for path in (
     os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(ROOT, "docs", "*.md"))))
@@ -60,6 +64,9 @@ def test_necessary_arithmetic_by_hand():
     assert load("throughput").necessary(trainer, [pair]) == {
         "prompt": 6 * weights * 3, "response": 6 * weights * 3, "head": 6 * 128 * vocabulary * 3,
         "attention": 3 * 2 * 2 * 2 * 128 * seen}
+    flops = 6 * weights * 6 + 6 * 128 * vocabulary * 3 + 3 * 2 * 2 * 2 * 128 * seen
+    assert necessary_flops(trainer.policy, [pair], trains_reference=False) == flops
+    assert necessary_flops(trainer.policy, [pair, pair], trains_reference=True) == 2 * flops * 4 / 3
 
 
 def test_who_takes_turns(sft_run, monkeypatch):
@@ -221,6 +228,112 @@ def test_the_line_of_generation(run, monkeypatch, capsys):
                         r"generate on unsorted batches of 64; \d+\.\d\d times as many", said)
 
 
+# ---------------------------------------------------------------- gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "tests", "benchmarks"))
+    return load("gpu")
+
+
+def rows_of(page):
+    """{title: {row: its cells}} of the page's tables."""
+    tables = {}
+    for part in page.split("\n## ")[1:]:
+        title, *lines = part.splitlines()
+        cells = [line[2:-2].split(" | ") for line in lines if line.startswith("|")]
+        tables[title] = {name: values for name, *values in cells[2:]}
+    return tables
+
+
+def check_page(page, gpu):
+    """Every row is there; what has run has finite numbers, and nearly the same losses as the first."""
+    (_, table), *others = rows_of(page).items()
+    others_in_table = ["sampling 4 answers of 8 tokens, bfloat16", "TRL's DPOTrainer, reference cached"]
+    assert list(table) == [*gpu.ATTENTION, *gpu.ADDED, *others_in_table]
+    assert [title.split(",")[0] for title, _ in others] == list(gpu.MODELS)
+    assert "no backward on a CPU" in table["shared, flex_attention"][0]
+    assert number(table[others_in_table[0]][2]) > 0
+    trained = [cells for rows in (table, *(rows for _, rows in others)) for cells in rows.values()
+               if cells[0] != "-" and not cells[0].startswith("not run: ")]
+    assert len(trained) >= 5 + 4 and "Published marks: prefix sharing" in page
+    for pairs, times, tokens, share, memory, estimate, gap in trained:
+        assert all(0 < number(cell) < math.inf for cell in (pairs, times, tokens))
+        assert share == "-" and float(gap) < 0.01 and float(estimate) < float(memory)
+    return table
+
+
+def number(cell):
+    return float(cell.replace(",", ""))
+
+
+def test_the_page_of_a_gpu_on_a_cpu(gpu, monkeypatch, capsys):
+    """The whole way, in this process and uncompiled; settings add up, and what does not run is left out."""
+    trained = []
+
+    def run(*task):
+        answers = io.StringIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(json.dumps(task)))
+            patch.setattr(sys, "stdout", answers)
+            gpu.work()
+        answer = json.loads(answers.getvalue().removeprefix("\x00"))
+        if task[0] == "train":
+            trained.append((task[1][len(gpu.SETTINGS) + 4:], answer))
+        return answer
+    monkeypatch.setattr(gpu, "Contenders", lambda folder, minutes: contextlib.nullcontext(
+        argparse.Namespace(run=run)))
+    monkeypatch.setattr(gpu, "PACKAGES", dict.fromkeys(gpu.PACKAGES, "nonesuch"))
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", "page.md"])
+    gpu.main()
+    page = capsys.readouterr().out
+    assert open("page.md", encoding="utf-8").read() == page
+    table = check_page(page, gpu)
+    for name in ("separate, flash_attention_2", "TRL's DPOTrainer, reference cached"):
+        assert table[name][0] == "not run: nonesuch is not installed"
+    attention, added = trained[:-7], trained[-7:-4]
+    fastest, _ = min(attention, key=lambda pair: pair[1].get("seconds", math.inf))
+    for settings, answer in added:
+        assert settings[:-1] == fastest and "seconds" in answer
+        fastest = settings
+    assert fastest[-3:] == ["compile=true", "reference_cache=true", "dtype=bfloat16"]
+    assert added[0][1]["flops"] == pytest.approx(added[1][1]["flops"] * 4 / 3)  # without the reference
+    best, _ = min(trained[:-4], key=lambda pair: pair[1].get("seconds", math.inf))
+    assert [settings for settings, _ in trained[-4:]] == [attention[0][0], best] * 2
+
+
+def test_the_page_of_a_gpu_by_hand(gpu):
+    first = {"pairs": 64, "tokens": 12800, "flops": 98.9e12, "seconds": 0.5, "losses": [0.5, 0.25],
+             "memory": 40.0, "estimate": 44.444, "machine": "NVIDIA H100 80GB HBM3, torch 9"}
+    faster = first | {"seconds": 0.25, "losses": [0.5, 0.2503], "estimate": None}
+    page = gpu.render({"one": {"first": first, "faster": faster, "torn": {"reason": "a | b"},
+                               "sampling": {"tokens": 5, "seconds": 2, "memory": 1}}, "two": {"x": faster}})
+    assert page.startswith("NVIDIA H100 80GB HBM3, torch 9; peak: 989 TFLOP/s\n\n## one\n")
+    assert rows_of(page) == {
+        "one": {"first": ["128.00", "1.00", "25,600", "20.0%", "40.00", "44.44", "0.0e+00"],
+                "faster": ["256.00", "2.00", "51,200", "40.0%", "40.00", "-", "3.0e-04"],
+                "torn": ["not run: a / b", *[""] * 6],
+                "sampling": ["-", "-", "2", "-", "1.00", "-", "-"]},
+        "two": {"x": ["256.00", "1.00", "51,200", "40.0%", "40.00", "-", "0.0e+00"]}}
+
+
+def test_a_contender_answers_or_says_why_not(gpu, monkeypatch):
+    """One that crashes or hangs costs its own row; after the last minute none begins."""
+    scripts = iter(["print('loading'); print(chr(0) + input())", "import os; os._exit(3)",
+                    "import time; time.sleep(60)", "", ""])
+    monkeypatch.setattr(gpu.Contenders, "start", lambda self: subprocess.Popen(
+        [sys.executable, "-c", next(scripts)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    with gpu.Contenders(".", minutes=1) as contenders:
+        assert contenders.run("train", {"a": 1}) == ["train", {"a": 1}]
+        assert contenders.run("train") == {"reason": "it left with status 3"}
+        monkeypatch.setattr(gpu, "LIMIT", 1)
+        assert contenders.run("train") == {"reason": "not finished within 1 s"}
+        contenders.deadline = time.monotonic()
+        assert contenders.run("train") == {"reason": "out of time"}
+
+
 # ---------------------------------------------------------------- frontier
 
 
@@ -350,3 +463,13 @@ def test_the_generation_command(sft_run):
     done = subprocess.run([sys.executable, script, *words, "--prompts", "8", "--rounds", "1",
                            "spin.max_tokens=8"], capture_output=True, text=True)
     assert re.search(r"8 prompts .* [\d,]+ tokens/s here, .* times as many", done.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_command(gpu):
+    script = os.path.join(ROOT, "tests", "benchmarks", "gpu.py")
+    done = subprocess.run([sys.executable, script, "--tiny", "--out", "page.md"], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert open("page.md", encoding="utf-8").read() == done.stdout
+    check_page(done.stdout, gpu)

@@ -59,21 +59,26 @@ def make_model(arguments, settings, folder):
     """The folder of the model: as given, or one with random weights for a config's .json."""
     if not arguments.model.endswith(".json"):
         return os.path.abspath(arguments.model) if os.path.isdir(arguments.model) else arguments.model
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     path = dict(setting.split("=", 1) for setting in settings).get("tokenizer")
     if not path:
         sys.exit(f"{arguments.model} is a config without a tokenizer: name one by tokenizer=")
-    tokenizer = AutoTokenizer.from_pretrained(path)
     given = (setting.split("=") for setting in arguments.set)
     with open(arguments.model) as file:
         options = json.load(file) | {key: json.loads(value) for key, value in given}
+    save_random_model(options, AutoTokenizer.from_pretrained(path), folder)
+    return folder
+
+
+def save_random_model(options, tokenizer, folder):
+    """A model with random weights, of the config that has these options."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**options, eos_token_id=tokenizer.eos_token_id))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def compare(arguments, contenders, folder):
@@ -333,14 +338,15 @@ def run_trl(arguments, settings):
             if done >= 0 and done % arguments.steps == 0:
                 sys.stdin.readline()
                 state["started"] = time.perf_counter()
-    bf16 = config.compute_dtype == "bfloat16"
+    parts = config.gradient_accumulation_steps
     options = DPOConfig(
-        output_dir=os.path.join(config.run_dir, "trl"), per_device_train_batch_size=config.batch_size,
-        learning_rate=config.lr, lr_scheduler_type="constant", optim="rmsprop",
-        max_grad_norm=config.max_grad_norm, max_steps=len(examples) // config.batch_size, logging_steps=1,
-        report_to="none", save_strategy="no", train_sampling_strategy="sequential",
-        precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=bf16, beta=config.dpo["beta"],
-        max_length=config.max_length, disable_tqdm=True)
+        output_dir=os.path.join(config.run_dir, "trl"), gradient_accumulation_steps=parts,
+        per_device_train_batch_size=config.batch_size // parts, learning_rate=config.lr,
+        lr_scheduler_type="constant", optim="rmsprop", max_grad_norm=config.max_grad_norm,
+        max_steps=len(examples) // config.batch_size, logging_steps=1, report_to="none", save_strategy="no",
+        train_sampling_strategy="sequential", precompute_ref_log_probs=True, gradient_checkpointing=False,
+        bf16=config.compute_dtype == "bfloat16", beta=config.dpo["beta"],
+        max_length=config.max_length, disable_tqdm=True, use_cpu=not torch.cuda.is_available())
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     Peer(model=model, args=options, train_dataset=rows, processing_class=tokenizer,
          callbacks=[Turns()]).train()
