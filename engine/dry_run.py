@@ -124,7 +124,10 @@ def fake_copy(model, mode, dtype):
         memo = {id(x): torch.nn.Parameter(torch.empty(x.shape, dtype=getattr(torch, dtype), device="cpu"))
                 for x in model.parameters()}
         memo |= {id(x): torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in model.buffers()}
-        return copy.deepcopy(model, memo).eval()  # layers are checkpointed in training only
+        copied = copy.deepcopy(model, memo).eval()  # layers are checkpointed in training only
+    if copied.config._attn_implementation != "eager":  # others than sdpa need a GPU
+        copied.set_attn_implementation("sdpa")
+    return copied
 
 
 def saved_by_forward(model, mode, num_rows, length, bf16):

@@ -203,7 +203,7 @@ def multiply_adds(model):
     heads = {end.weight for end in ends if end is not None}
     taken = getattr(config, "num_experts_per_tok", None)
     linear = sum(x.numel() * (taken / x.shape[0] if taken and x.dim() == 3 else 1)
-                 for x in model.parameters() if x not in heads)
+                 for x in model.parameters() if x.dim() > 1 and x not in heads)
     return linear, config.num_hidden_layers * config.num_attention_heads * head_dim
 
 

@@ -19,6 +19,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 from engine import InputError, first_line
 from engine.distributed import (device, device_mesh, from_first, full_tensor, num_ranks, raise_on_all_ranks,
                                 rank)
+from engine.forward import autocast
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -142,8 +143,10 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
         for x in model.parameters():
             if x.data_ptr() % 64:  # as in a file; where weights lie may change the last bit of a product
                 x.data = x.data.clone()
-    if not blank and (num_ranks() == 1 or "flash" not in (config.attention or "")):  # not on a CPU
-        check_causal(model, path)
+    is_flash = "flash" in (config.attention or "")  # not on a CPU, nor in float32
+    if not blank and (num_ranks() == 1 or not is_flash):
+        with autocast(is_flash):
+            check_causal(model, path)
     is_default = config.attention is None and device().type == "cuda" and config.compute_dtype == "bfloat16"
     if is_varlen or (is_default and model.config._attn_implementation == "sdpa"):
         model.set_attn_implementation("varlen")

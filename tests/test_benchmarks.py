@@ -65,8 +65,8 @@ def test_necessary_arithmetic_by_hand():
         "prompt": 6 * weights * 3, "response": 6 * weights * 3, "head": 6 * 128 * vocabulary * 3,
         "attention": 3 * 2 * 2 * 2 * 128 * seen}
     flops = 6 * weights * 6 + 6 * 128 * vocabulary * 3 + 3 * 2 * 2 * 2 * 128 * seen
-    assert necessary_flops(trainer.policy, [pair], trains_reference=False) == flops
-    assert necessary_flops(trainer.policy, [pair, pair], trains_reference=True) == 2 * flops * 4 / 3
+    assert necessary_flops(trainer.policy, [pair], with_reference=False) == flops
+    assert necessary_flops(trainer.policy, [pair, pair], with_reference=True) == 2 * flops * 4 / 3
 
 
 def test_who_takes_turns(sft_run, monkeypatch):

@@ -280,12 +280,12 @@ def train_here(settings, long):
                      "losses": losses[throughput.WARM_UP:], "estimate": estimate(trainer)}
 
 
-def step_of(config, model, examples, trains_reference):
+def step_of(config, model, examples, with_reference):
     """What a timed step has on average, and what has been used for it."""
     timed = examples[throughput.WARM_UP * config.batch_size:]
     num_steps = len(timed) / config.batch_size
     return used() | {"pairs": config.batch_size, "tokens": sum(x.num_tokens for x in timed) / num_steps,
-                     "flops": necessary_flops(model, timed, trains_reference) / num_steps}
+                     "flops": necessary_flops(model, timed, with_reference) / num_steps}
 
 
 def used():
@@ -331,7 +331,7 @@ def train_by_trl(settings, long):
     with contextlib.redirect_stdout(said):
         throughput.run_trl(argparse.Namespace(steps=num_steps), settings)
     answer = json.loads(said.getvalue().splitlines()[-1][1:])
-    return step_of(config, model, examples, trains_reference=False) | {
+    return step_of(config, model, examples, with_reference=False) | {
         "seconds": answer["seconds"] / num_steps, "losses": answer["losses"]}
 
 
