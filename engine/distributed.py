@@ -178,6 +178,11 @@ def shard(model: PreTrainedModel, config) -> PreTrainedModel:
         return model
     if not decoder_layers(sharded):
         raise InputError(f"{model.config.model_type} marks no layers to shard: run it on one device")
+    return apply_fsdp(sharded, model, config)
+
+
+def apply_fsdp(sharded, model, config):
+    """Shards a meta_copy of a model, in place, and gives it the weights that the first rank's model has."""
     fsdp = config.fsdp
     mesh = device_mesh(fsdp["replicas"])
     options = {
