@@ -33,7 +33,7 @@ import engine.gpu
 import train
 import trainers
 from engine.attention import as_bias, attend_one_by_one
-from engine.batches import PACKED, SEPARATE, SHARED, Example, Layout, collate
+from engine.batches import PACKED, SEPARATE, SHARED, Example, collate
 from engine.checkpoints import read_state
 from engine.distributed import apply_fsdp, device, device_mesh, full_tensor, meta_copy
 from engine.dry_run import estimate_memory, tokens_that_fit
@@ -363,7 +363,7 @@ def test_answers_are_the_same_again(sft_run):
 @ON_CARD
 def test_a_microbatch_of_the_budget_fits():
     trainer = make_trainer("loss=dpo", BF16, *STEPS, f"data={FEW_ROWS}", "eval_batch_size=1000")
-    budget = tokens_that_fit(trainer.policy, [trainer.reference], trainer.config)
+    budget = tokens_that_fit(trainer.policy, [trainer.reference], trainer.config, {})
     assert 0 < budget <= 2**14 and trainer.batcher.max_tokens == budget
     batch = next(trainer.batcher.eval_share(trainer.train_examples * 2, "a full one"))
     assert 0.9 * budget < batch.input_ids.numel() <= budget
@@ -438,8 +438,8 @@ def test_necessary_operations_by_hand():
     """A prompt of 3 with responses of 2 and 1 tokens; 2 layers of 2 heads of 16, V = 64."""
     model = tiny_of("llama")
     examples = [Example("x", np.arange(3), (np.arange(2), np.arange(1)), {})]
-    layer = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32  # query, key, value, output; MLP; and norms
-    tokens = 6 * (2 * layer + 32)  # each once, and the last norm
+    layer = 4 * 32 * 32 + 3 * 32 * 48  # query, key, value, output; and MLP
+    tokens = 6 * 2 * layer  # each once
     pairs = (1 + 2 + 3) + (4 + 5) + 4  # keys that are seen: of the prompt, of each response
     attention = 2 * 2 * 16 * 2 * pairs  # of each a product of query and key, and one with the value
     head = 3 * 64 * 32  # where response tokens are predicted
@@ -485,13 +485,33 @@ def test_what_attention_costs_by_a_clock(monkeypatch):
 
 def test_what_was_measured_stays(run, monkeypatch):
     """A resumed run lays its rows as it began, however fast the card seems then."""
-    measured, fitted = [], []
-    layouts = Layout(False, 10, 1.5), Layout(True, 10, 4.0)
-    monkeypatch.setattr(trainers, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(trainers, "choose_layouts", lambda *given: measured.append(given[4]) or layouts)
-    monkeypatch.setattr(trainers, "tokens_that_fit", lambda *given: fitted.append(given) or 777)
+    known, measured = [], {"attention": [1.5, 4.0], "max_tokens": 777}
+
+    def choose_layouts(*given):
+        known.append(dict(given[4]))
+        given[4].setdefault("attention", [1.5, 4.0])
+        return (SEPARATE,)
+
+    def tokens_that_fit(*given):
+        known.append(dict(given[3]))
+        return given[3].setdefault("max_tokens", 777)
+    monkeypatch.setattr(trainers, "choose_layouts", choose_layouts)
+    monkeypatch.setattr(trainers, "tokens_that_fit", tokens_that_fit)
     folder = run(*STEPS, "max_steps=1")
-    assert read_state(f"{folder}/LATEST")["measured"] == {"quadratic": [1.5, 4.0], "max_tokens": 777}
+    assert known == [{}, {"attention": [1.5, 4.0]}]
+    assert read_state(f"{folder}/LATEST")["measured"] == measured
     run("resume=true", f"run_dir={folder}", "max_steps=2")
-    assert measured == [None, [1.5, 4.0]] and len(fitted) == 1
-    assert read_state(f"{folder}/LATEST")["measured"] == {"quadratic": [1.5, 4.0], "max_tokens": 777}
+    assert known[2:] == [measured] * 2 and read_state(f"{folder}/LATEST")["measured"] == measured
+
+
+def test_what_is_known_is_not_measured(monkeypatch):
+    """By a model that says that it is on a card."""
+    model = tiny_of("llama")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(engine.forward, "why_not_shared", lambda *given: None)
+    monkeypatch.setattr(engine.forward, "measure_attention", lambda *given: (1.5, 4.0))
+    measured = {}
+    for _ in range(2):
+        layouts = engine.forward.choose_layouts("auto", [(model, response_logps)], [], False, measured)
+        assert [x.quadratic for x in layouts] == [1.5, 4.0] and measured == {"attention": (1.5, 4.0)}
+        monkeypatch.setattr(engine.forward, "measure_attention", None)  # is not callable

@@ -15,8 +15,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import (DATA, config_of, keep_gradients, last_gradient, latest, numbers, obvious_logp, read_lines,
-                      same_weights, tiny_of, write_lines)
+from conftest import (DATA, config_of, keep_gradients, last_gradient, latest, numbers, obvious_logp,
+                      read_lines, same_weights, tiny_of, write_lines)
 from on_ranks import on_ranks
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, LlamaForSequenceClassification)
