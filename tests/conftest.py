@@ -4,6 +4,8 @@ import os
 import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("test_gpu.py" in word for word in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests are of a CPU, on a machine with a card too
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)

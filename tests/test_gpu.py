@@ -1,7 +1,7 @@
 """Is all of this right on an NVIDIA card? python -m pytest -q tests/test_gpu.py, in three minutes.
 
-Without a card the checks are skipped; with GPU_TESTS_ON=cpu they run to their end on a CPU, where the
-engine's stand-in takes FlashAttention's place, and show that they themselves are right.
+Without a card, or among the other tests, the checks are skipped; with GPU_TESTS_ON=cpu they run to their end
+on a CPU, where the engine's stand-in takes FlashAttention's place, and show that they themselves are right.
 """
 
 import gc
