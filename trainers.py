@@ -14,11 +14,11 @@ from engine import InputError
 from engine.batches import LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens, stream
 from engine.cache import ReferenceCache, score_or_read
 from engine.checkpoints import COUNTERS, Checkpoints, RunFolder, read_state, restore_state, save_model
-from engine.distributed import (WAITS, Stopped, StopRequest, device, from_first, full_tensor, meta_copy,
-                                num_ranks, shard, sum_over_ranks, sync_gradients)
+from engine.distributed import (WAITS, Stopped, StopRequest, device, full_tensor, meta_copy, num_ranks,
+                                shard, sum_over_ranks, sync_gradients)
 from engine.dry_run import tokens_that_fit
 from engine.forward import choose_layouts, response_logps, response_scores
-from engine.gpu import gpu_metrics, step_flops
+from engine.gpu import gpu_metrics, known_before, step_flops
 from engine.models import as_steps, fingerprint, learning_rate, make_optimizer
 from engine.objectives import (SELF_PLAY, WEIGHT, call_loss, can_cache, join, parameters, read_values,
                                step_state, token_losses)
@@ -89,11 +89,13 @@ class Trainer:
         models = {policy: values, reference: values, reward_model: response_scores}
         models = [pair for pair in models.items() if pair[0]]  # policy and reference may be one, or some None
         examples = [*self.data.train_examples, *self.data.eval_examples]  # of which some are tried
-        self.measured = read_state(checkpoint)["measured"] if checkpoint else {}  # on a GPU, once for a run
-        layouts = from_first(choose_layouts(
-            config.layout, models, examples, config.compute_dtype == "bfloat16", self.measured))
+        self.measured = known_before(checkpoint and read_state(checkpoint)["measured"], config)
+        layouts = choose_layouts(
+            config.layout, models, examples, config.compute_dtype == "bfloat16", self.measured)
+        stays = 1 + self.objective.moves_reference - (config.reference_cache and can_cache(self.objective))
+        frozen = [model for model in (*[reference] * stays, reward_model) if model]
         max_tokens = config.max_tokens_per_microbatch or tokens_that_fit(
-            policy, [model for model in (reference, reward_model) if model], config, self.measured)
+            policy, frozen, config, self.measured, max(x.row_length for x in examples))
         dtype = torch.promote_types(policy.dtype, torch.float32)
         return Batcher(layouts, max_tokens, config.eval_batch_size, dtype, self.stop)
 

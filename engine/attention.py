@@ -11,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 from transformers.masking_utils import sdpa_mask
 
 from engine.batches import Batch, Plan
+from engine.distributed import device
 
 
 @contextlib.contextmanager
@@ -60,16 +61,23 @@ def as_bias(mask, dtype):
 # ---------------------------------------------------------------- packed rows, a sequence at a time
 
 
+KNOWN = ("dropout", "scaling", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache",
+         "output_attentions", "output_hidden_states", "output_router_logits")  # what models say to attention
+
+
 def attend(module, query, key, value, attention_mask, **options):
     """transformers' attention=varlen: (1, heads, T, head_dim) each -> (1, T, heads, head_dim).
 
     In a packed row each sequence of its Plan by itself; any other row by sdpa. Raises ValueError for what
-    FlashAttention does not know.
+    FlashAttention does not know: a soft cap, sinks, sparse attention, and some sizes.
     """
     if not isinstance(attention_mask, Plan):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
+    if unknown := [name for name, x in options.items() if name not in KNOWN and x is not None]:
         raise ValueError(f"attention=varlen has no {', '.join(unknown)}")
+    size = query.shape[-1]
+    if not size == key.shape[-1] == value.shape[-1] <= 256 or size % 8:
+        raise ValueError(f"attention=varlen has no heads of {size} and {value.shape[-1]}")
     plan, kernel = attention_mask, varlen_attn if query.is_cuda else attend_one_by_one
     query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     window = options.get("sliding_window")  # of so many keys, the query's own counted
@@ -95,6 +103,24 @@ def attend_one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sc
         return scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=enable_gqa).transpose(0, 1)
     queries, keys = (ends.diff().tolist() for ends in (cu_seq_q, cu_seq_k))
     return torch.cat([*map(attend_to, query.split(queries), key.split(keys), value.split(keys))])
+
+
+@torch.no_grad()
+def kernel_error(config) -> float:
+    """How far torch's kernel is off on this GPU, for a model's heads and window: of random numbers, in two
+    sequences of which the second has fewer queries than keys."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = min(getattr(config, "sliding_window", None) or 0, 30)
+    like = {"device": device(), "dtype": torch.bfloat16}
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    query, key, value = (torch.randn(number, each, size, **like) for number, each in (
+        (100, heads), (130, key_heads), (130, key_heads)))
+    ends = (torch.tensor(ends, dtype=torch.int32, device=device()) for ends in ([0, 60, 100], [0, 60, 130]))
+    options = {"scale": None, "enable_gqa": True, "window_size": (window - 1, 0)}
+    given = *ends, 60, 70
+    exact = attend_one_by_one(query.float(), key.float(), value.float(), *given, **options)
+    return (varlen_attn(query, key, value, *given, **options).float() - exact).abs().max().item()
 
 
 AttentionInterface.register("varlen", attend)

@@ -8,6 +8,7 @@ import types
 import torch
 from torch._subclasses import FakeTensorMode
 
+from engine import first_line
 from engine.attention import attention_of
 from engine.batches import default_max_tokens
 from engine.distributed import decoder_layers, device, from_all, num_ranks, reduce_dtype
@@ -15,9 +16,6 @@ from engine.forward import CHUNK_LOGITS, decode, decoder_inputs
 from engine.models import load_model, make_optimizer
 from engine.objectives import can_cache
 from engine.report import print_lines
-
-IN_HOST = {"weights", "gradients", "optimizer state"}  # with fsdp.cpu_offload
-
 
 def print_dry_run(config, objective, run_data, path):
     """What each device would hold, how many tokens and steps there are, and how large a checkpoint is.
@@ -40,7 +38,7 @@ def print_dry_run(config, objective, run_data, path):
                        f"{sum(x.numel() for x in model.parameters()):,} parameters in {config.dtype}, "
                        f"computing in {config.compute_dtype}"),
              ("devices", f"{num_devices}, with {replicas} x {num_devices // replicas} shards of it; on each")]
-    in_host = IN_HOST if config.fsdp["cpu_offload"] else set()
+    in_host = fsdp_in_host(config)
     lines += [("", f"{size / 2**20:>12,.1f} MiB  {name}{' (in the host)' if name in in_host else ''}")
               for name, size in held.items()]
     in_all = sum(size for name, size in held.items() if name not in in_host)
@@ -75,6 +73,11 @@ def estimate_memory(model, mode, config, num_devices, num_rows, length, num_micr
             "checkpoint": num_bytes(weights) + optimizer_bytes(weights, config, 1)}
     bf16 = num_devices == 1 and (config.compute_dtype, config.dtype) == ("bfloat16", "float32")
     computing = fake_copy(model, mode, config.dtype if bf16 else config.compute_dtype)
+    try:
+        states, activations = saved_by_forward(computing, mode, num_rows, length, bf16)
+    except RuntimeError:  # products of experts know no float32 weights there
+        computing = fake_copy(model, mode, config.compute_dtype)
+        states, activations = saved_by_forward(computing, mode, num_rows, length, False)
     layers = decoder_layers(computing)
     inside = {x for layer in layers for x in layer.parameters()}
     if num_devices > 1 and fsdp["reduce_once"] and num_microbatches > 1:
@@ -83,7 +86,6 @@ def estimate_memory(model, mode, config, num_devices, num_rows, length, num_micr
         sizes = sorted(num_bytes(layer.parameters()) for layer in layers)
         held["gathered weights"] = num_bytes(x for x in computing.parameters() if x not in inside) + sum(
             sizes[-2:] if fsdp["reshard_after_forward"] else sizes)
-    states, activations = saved_by_forward(computing, mode, num_rows, length, bf16)
     if config.activation_checkpointing and layers:  # each layer's input, and one layer's own
         activations = len(layers) * states.numel() * states.element_size() + activations / len(layers)
     held["activations"] = activations
@@ -94,28 +96,48 @@ def estimate_memory(model, mode, config, num_devices, num_rows, length, num_micr
     return held
 
 
-def tokens_that_fit(model, others, config, measured, share=0.7) -> int:
+def tokens_that_fit(model, others, config, measured, length, share=0.7) -> int:
     """The budget of a microbatch's tokens: on a GPU what its free memory allows, at most 2**14.
 
-    model: the policy, before it is sharded. others: frozen models beside it. `share` of what is free besides
-    their weights, gradients and optimizer state goes to activations; the rest is for what is not counted.
-    measured: where it is noted, or known from before.
+    model: the policy, before it is sharded. others: frozen models that stay beside it. `share` of what is
+    free besides their weights, gradients and optimizer state goes to activations, of rows of `length` tokens;
+    the rest is for what is not counted. measured: where it is noted, or known from before.
     """
     if device().type == "cpu":
         return default_max_tokens(config.compute_dtype)
-    if "max_tokens" in measured:
-        return measured["max_tokens"]
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    one, two = (estimate_memory(model, mode, config, num_ranks(), num_rows, 512, 2) for num_rows in (1, 2))
-    per_token = (two["activations"] - one["activations"]) / 512
-    in_host = IN_HOST if config.fsdp["cpu_offload"] else set()
-    held = sum(size for name, size in one.items() if name not in in_host | {"checkpoint"}) - 512 * per_token
+    if "max_tokens" not in measured:
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        try:
+            held, per_token = memory_of_training(model, others, config, length)
+            fitting = max(0, int(share * (free - held) / per_token))
+        except Exception as error:  # of a model that does not run on tensors without memory
+            print(f"memory     is not estimated, {first_line(error)}")
+            fitting = 2**14
+        fitting = fitting // 1024 * 1024 or fitting  # not a few tokens more each time
+        fitting = min(from_all(min(2**14, fitting)))
+        print(f"memory     of a GPU holds microbatches of {fitting:,} tokens" + (
+            f", and rows have up to {length:,}: activation_checkpointing=true keeps less"
+            if fitting < length else ""))
+        measured["max_tokens"] = max(length, fitting)
+    return measured["max_tokens"]
+
+
+def memory_of_training(model, others, config, length) -> tuple[float, float]:
+    """Bytes that a GPU holds in any case, and for each token of a microbatch."""
+    mode, in_host = FakeTensorMode(allow_non_fake_inputs=True), fsdp_in_host(config)
+    one, two = (estimate_memory(model, mode, config, num_ranks(), num_rows, length, 2) for num_rows in (1, 2))
+    per_token = (two["activations"] - one["activations"]) / length
+    held = sum(size for name, size in one.items() if name not in in_host | {"checkpoint"})
+    held -= length * per_token
     if not in_host:
         shards = num_ranks() // config.fsdp["replicas"]
         held += sum(x.numel() * x.element_size() for other in others for x in other.parameters()) / shards
-    measured["max_tokens"] = min(from_all(max(1, min(2**14, int(share * (free - held) / per_token)))))
-    return measured["max_tokens"]
+    return held, per_token
+
+
+def fsdp_in_host(config):
+    """What is not on a GPU with fsdp.cpu_offload."""
+    return {"weights", "gradients", "optimizer state"} if config.fsdp["cpu_offload"] else set()
 
 
 def fake_copy(model, mode, dtype):
@@ -125,8 +147,8 @@ def fake_copy(model, mode, dtype):
                 for x in model.parameters()}
         memo |= {id(x): torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in model.buffers()}
         copied = copy.deepcopy(model, memo).eval()  # layers are checkpointed in training only
-    if copied.config._attn_implementation != "eager":  # others than sdpa need a GPU
-        copied.set_attn_implementation("sdpa")
+    copied.set_attn_implementation("sdpa" if copied._supports_sdpa and (
+        copied.config._attn_implementation != "eager") else "eager")  # others need a GPU
     return copied
 
 

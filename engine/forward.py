@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from engine import InputError, first_line
-from engine.attention import attention_of
+from engine.attention import attention_of, kernel_error
 from engine.batches import PACKED, SEPARATE, SHARED, Batch, Example, Layout, collate
-from engine.distributed import device, num_ranks, raise_on_all_ranks, rank, with_root_unsharded
+from engine.distributed import (device, from_first, num_ranks, raise_on_all_ranks, rank,
+                                with_root_unsharded)
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # that exist at once: of a chunk, a GPU reads the whole head
 ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by a CPU's clock
@@ -159,25 +160,39 @@ def as_float(values):
 # ---------------------------------------------------------------- layouts
 
 
-@raise_on_all_ranks
 def choose_layouts(setting: str, models: list[tuple], examples: list[Example], bf16=False,
                    measured=None) -> tuple[Layout, ...]:
     """The layouts that microbatches may have: separate rows, shared ones, the cheaper each time, or packed.
 
     setting: `separate`, `shared` or `auto`. models: (model, response_logps or response_scores) pairs, the
     policy's first; of several ranks the first tries them on the examples, and its answer counts. bf16:
-    whether they compute in bfloat16. measured: a dict, where a GPU's costs of attention are noted, or known
-    from before. Raises InputError where setting=shared is not possible.
+    whether they compute in bfloat16. measured: a dict, where what is found on a GPU is noted, or known from
+    before. Raises InputError where setting=shared is not possible.
     """
-    if setting == "separate" or rank() > 0:  # which has no weights yet
+    measured = {} if measured is None else measured
+    layouts = from_first(try_layouts(setting, models, examples, bf16, measured))
+    for model, _ in models if layouts != (PACKED,) else ():
+        if model.config._attn_implementation == "varlen":
+            model.set_attn_implementation("sdpa")
+    return layouts
+
+
+@raise_on_all_ranks
+def try_layouts(setting, models, examples, bf16, measured):
+    """choose_layouts on the first rank; the others have no weights yet."""
+    if setting == "separate" or rank() > 0:
         return (SEPARATE,)
     policy = models[0][0]
     with at_hand([model for model, _ in models]):
         if policy.config._attn_implementation == "varlen":
-            reasons = (why_not_shared(*pair, examples, PACKED, bf16) for pair in models)
-            if not (reason := next(filter(None, reasons), None)):
+            if "not packed" not in measured:
+                reasons = (why_not_packed(*pair, examples, bf16) for pair in models)
+                measured["not packed"] = next(filter(None, reasons), None)
+            if measured["not packed"] is None:
                 return (PACKED,)
-            print(f"attention  sdpa: with varlen there is a model {reason}")
+            print(f"attention  sdpa: with varlen there is a model {measured['not packed']}")
+            for model, _ in models:
+                model.set_attn_implementation("sdpa")
         reason = next(filter(None, (why_not_shared(*pair, examples, SHARED) for pair in models)), None)
         if reason and setting == "shared":
             raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
@@ -226,7 +241,8 @@ def measure_attention(model, linear, bf16, length=2048, num_tokens=2**13, repeat
         return min(times[1:]) / batch.input_ids.numel(), batch.input_ids.shape[1]
     short, _ = measure(SEPARATE, 64)
     long_ones = [measure(layout, length) for layout in (SEPARATE, SHARED)]
-    return tuple(max(0.0, linear * (seconds / short - 1) / width) for seconds, width in long_ones)
+    costs = (max(0.0, linear * (seconds / short - 1) / width) for seconds, width in long_ones)
+    return tuple(float(f"{cost:.0e}") for cost in costs)  # not a little other each time
 
 
 @contextlib.contextmanager
@@ -250,6 +266,13 @@ def at_hand(models):
         torch.cuda.empty_cache()  # copies in float32
 
 
+def why_not_packed(model, response_values, examples, bf16):
+    """Why packed rows are not right, or None: why_not_shared, and on a GPU torch's kernel by itself."""
+    reason = why_not_shared(model, response_values, examples, PACKED, bf16)
+    error = kernel_error(model.config.get_text_config()) if device().type == "cuda" and not reason else 0
+    return reason if error < 0.05 else f"for whose heads torch's kernel is off by {error:.1e}"
+
+
 @torch.no_grad()
 def why_not_shared(model, response_values, examples, layout=SHARED, bf16=False):
     """Why shared rows give this model other numbers than separate ones, or None: tried on three examples.
@@ -271,21 +294,23 @@ def why_not_shared(model, response_values, examples, layout=SHARED, bf16=False):
 
     def read(rows, layout, bf16):
         return response_values(model, collate(rows, layout=layout).to(model.device), bf16)
-    was_training = model.training
+    was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     try:
+        if layout.packed:
+            model.set_attn_implementation("sdpa")
         with in_float32(model):
             exact = apart = read(pairs, SEPARATE, False)
-            if not bf16:
-                together, moved = read(pairs, layout, False), read(others, layout, False)
-        if bf16:
-            apart, together, moved = (read(rows, laid, True) for rows, laid in (
-                (pairs, SEPARATE), (pairs, layout), (others, layout)))
+        apart = read(pairs, SEPARATE, True) if bf16 else exact
+        model.set_attn_implementation(attention)
+        with contextlib.nullcontext() if bf16 else in_float32(model):
+            together, moved = read(pairs, layout, bf16), read(others, layout, bf16)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may refuse positions or masks in its own way
         return f"which does not take shared prompts: {first_line(error)}"
     finally:
+        model.set_attn_implementation(attention)
         model.train(was_training)
     scale = apart.abs().clamp(min=1)
     error, own = (((x - apart).abs() / scale).max().item() for x in (together, exact))

@@ -17,6 +17,15 @@ def prepare_gpu():
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def known_before(measured, config) -> dict:
+    """What a run that goes on has measured, on such GPUs with such settings; what is found is noted there."""
+    if device().type == "cpu":
+        return {}
+    own = [torch.cuda.get_device_name(), num_ranks(), config.attention, config.activation_checkpointing,
+           config.fsdp]
+    return measured if measured and measured["for"] == own else {"for": own}
+
+
 def gpu_metrics(throughput: dict) -> dict[str, float]:
     """Of the steps since the last call: mfu, the share of the card's peak in bfloat16 that `flops` in
     `seconds` reached, where that is known, and memory_gb, the most that was allocated. None on a CPU."""

@@ -97,7 +97,7 @@ def print_summary(config, objective, run_data, policy, num_steps, resumed_at=Non
 def notes_of(config, run_data):
     """What is to be said of a slow setting, and where prompts are probably not what the model knows."""
     if device().type == "cuda" and config.compute_dtype == "float32":
-        yield "compute_dtype=bfloat16 is about ten times as fast on a GPU; weights stay float32"
+        yield "compute_dtype=bfloat16 is much faster on a GPU; weights stay float32"
     tokenizer, begin = run_data.tokenizer, run_data.tokenizer.bos_token_id
     if run_data.train_examples[0].prompt[0] != begin and tokenizer("a")["input_ids"][:1] == [begin]:
         yield (f"the tokenizer begins texts with {tokenizer.bos_token}, but this run's prompts do not; if "

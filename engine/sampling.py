@@ -101,10 +101,10 @@ class Sampler:
                 bar.update(len(at_once))
 
     def group(self, prompts, limits):
-        """Numbers of prompts to be answered at once: of similar lengths, within the positions and a budget of
-        tokens, which have keys and values alone where a microbatch's have all activations."""
+        """Numbers of prompts to be answered at once: of similar lengths, within the positions, and on a GPU a
+        budget of tokens, which have keys and values alone where a microbatch's have all activations."""
         batches, size = [], min(self.config.eval_batch_size, math.ceil(len(prompts) / num_ranks()))
-        max_tokens = 4 * self.batcher.max_tokens if device().type == "cuda" else 2**17
+        max_tokens = 4 * self.batcher.max_tokens if device().type == "cuda" else math.inf
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
             # all go on until the first, with most room, is done
             length = len(prompts[i]) + limits[batches[-1][0]] if batches else 0

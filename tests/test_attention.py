@@ -105,10 +105,12 @@ def test_what_flash_attention_does_not_know_is_not_packed(capsys):
     for name in ("softcap", "s_aux", "position_bias"):
         with pytest.raises(ValueError, match=f"attention=varlen has no {name}"):
             attend(torch.nn.Module(), states, states, states, batch.plan, **{name: 1.0})
-    model = tiny_of("gpt_oss")
+    model = tiny_of("llama", head_dim=12)
     model.set_attn_implementation("varlen")
-    assert PACKED not in choose_layouts("auto", [(model, response_logps)], random_examples())
-    assert capsys.readouterr().out.startswith("attention  sdpa: with varlen there is a model ")
+    layouts = choose_layouts("auto", [(model, response_logps)], random_examples())
+    assert [layout.packed for layout in layouts] == [False, False]
+    assert model.config._attn_implementation == "sdpa"
+    assert "attention=varlen has no heads of 12 and 12" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -119,6 +121,7 @@ def test_packed_rows_are_tried_before_they_are_used(bf16, capsys, monkeypatch):
     models = [(model, response_logps)]
     assert choose_layouts("auto", models, examples, bf16) == (PACKED,) and not capsys.readouterr().out
     assert choose_layouts("separate", models, examples, bf16) == (SEPARATE,)
+    assert model.config._attn_implementation == "sdpa"  # as no row is packed
     right = engine.attention.attend_one_by_one
 
     def no_window(*arguments, window_size, **options):
@@ -131,6 +134,7 @@ def test_packed_rows_are_tried_before_they_are_used(bf16, capsys, monkeypatch):
         return torch.cat(parts)
     for wrong in (no_window, from_the_start):
         monkeypatch.setattr(engine.attention, "attend_one_by_one", wrong)
+        model.set_attn_implementation("varlen")
         layouts = choose_layouts("auto", models, examples, bf16)
         assert [layout.packed for layout in layouts] == [False, False]
         assert "attention  sdpa: with varlen there is a model whose numbers" in capsys.readouterr().out

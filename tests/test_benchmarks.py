@@ -285,9 +285,9 @@ def test_the_page_of_a_gpu_on_a_cpu(gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "Contenders", lambda folder, minutes: contextlib.nullcontext(
         argparse.Namespace(run=run)))
     monkeypatch.setattr(gpu, "PACKAGES", dict.fromkeys(gpu.PACKAGES, "nonesuch"))
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", "page.md"])
-    gpu.main()
+    with torch._dynamo.config.patch(disable=True):
+        gpu.main()
     page = capsys.readouterr().out
     assert open("page.md", encoding="utf-8").read() == page
     table = check_page(page, gpu)

@@ -125,27 +125,35 @@ def test_activations_are_what_a_forward_keeps():
     assert estimated == pytest.approx(measured, rel=0.01) and measured[1] > 1.5 * measured[0]
 
 
-def test_the_budget_is_what_free_memory_holds(monkeypatch):
+def test_the_budget_is_what_free_memory_holds(monkeypatch, capsys):
     """On a GPU, by hand: 0.7 of what is left beside weights, gradients, optimizer and a reference, by the
     bytes of a token; the smallest of all ranks; on a CPU what suits its caches."""
     trainer = make_trainer("loss=dpo", f"eval_data={FEW_ROWS}")
     policy, config, mode = trainer.policy, trainer.config, engine.dry_run.FakeTensorMode()
-    assert tokens_that_fit(policy, [policy], config, {}) == 1024
+    assert tokens_that_fit(policy, [policy], config, {}, 512) == 1024
     one, two = (engine.dry_run.estimate_memory(policy, mode, config, 1, rows, 512, 1) for rows in (1, 2))
     per_token = (two["activations"] - one["activations"]) / 512
     held = 4 * TINY * 4 + one["logits"] + (one["activations"] - 512 * per_token)  # four times the weights
 
     monkeypatch.setattr(engine.dry_run, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 100)
-    for tokens, expected in ((3000, 3000), (10**6, 16384), (0, 1), (-5, 1)):
+    for tokens, expected in ((3100, 3072), (10**6, 16384), (700, 700), (0, 512), (-5, 512)):
+        capsys.readouterr()
         free = held + tokens * per_token / 0.7
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free - 100, 0))
-        assert tokens_that_fit(policy, [policy], config, {}) == pytest.approx(expected, abs=3)
+        assert tokens_that_fit(policy, [policy], config, {}, 512) == pytest.approx(expected, abs=3)
+        said = capsys.readouterr().out
+        assert "memory     of a GPU holds microbatches of " in said
+        assert (tokens < 512) is ("activation_checkpointing=true keeps less" in said)
     monkeypatch.setattr(engine.dry_run, "from_all", lambda value: [700, value])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (held + 3000 * per_token / 0.7, 0))
     measured = {}
-    assert tokens_that_fit(policy, [policy], config, measured) == 700 and measured == {"max_tokens": 700}
-    assert tokens_that_fit(policy, [policy], config, {"max_tokens": 800}) == 800  # of a run that goes on
+    assert tokens_that_fit(policy, [policy], config, measured, 512) == 700
+    assert measured == {"max_tokens": 700}
+    assert tokens_that_fit(policy, [policy], config, {"max_tokens": 800}, 512) == 800
+    monkeypatch.setattr(engine.dry_run, "saved_by_forward", None)  # as of a model that no estimate is made for
+    assert tokens_that_fit(policy, [policy], config, {}, 512) == 700
+    assert "memory     is not estimated, " in capsys.readouterr().out
 
 
 def test_float32_weights_in_bfloat16_keep_more_than_bfloat16_weights(capsys):

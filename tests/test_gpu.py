@@ -38,7 +38,7 @@ from engine.checkpoints import read_state
 from engine.distributed import apply_fsdp, device, device_mesh, full_tensor, meta_copy
 from engine.dry_run import estimate_memory, tokens_that_fit
 from engine.forward import measure_attention, response_logps
-from engine.gpu import gpu_metrics, necessary_flops
+from engine.gpu import gpu_metrics, known_before, necessary_flops
 from engine.sampling import SeededSampling
 from engine.toy import toy
 from losses import OBJECTIVES
@@ -363,7 +363,7 @@ def test_answers_are_the_same_again(sft_run):
 @ON_CARD
 def test_a_microbatch_of_the_budget_fits():
     trainer = make_trainer("loss=dpo", BF16, *STEPS, f"data={FEW_ROWS}", "eval_batch_size=1000")
-    budget = tokens_that_fit(trainer.policy, [trainer.reference], trainer.config, {})
+    budget = tokens_that_fit(trainer.policy, [trainer.reference], trainer.config, {}, 512)
     assert 0 < budget <= 2**14 and trainer.batcher.max_tokens == budget
     batch = next(trainer.batcher.eval_share(trainer.train_examples * 2, "a full one"))
     assert 0.9 * budget < batch.input_ids.numel() <= budget
@@ -485,7 +485,9 @@ def test_what_attention_costs_by_a_clock(monkeypatch):
 
 def test_what_was_measured_stays(run, monkeypatch):
     """A resumed run lays its rows as it began, however fast the card seems then."""
-    known, measured = [], {"attention": [1.5, 4.0], "max_tokens": 777}
+    known, begun = [], {"for": ["a card"]}
+    measured = begun | {"attention": [1.5, 4.0], "max_tokens": 777}
+    monkeypatch.setattr(trainers, "known_before", lambda measured, config: measured or dict(begun))
 
     def choose_layouts(*given):
         known.append(dict(given[4]))
@@ -498,10 +500,23 @@ def test_what_was_measured_stays(run, monkeypatch):
     monkeypatch.setattr(trainers, "choose_layouts", choose_layouts)
     monkeypatch.setattr(trainers, "tokens_that_fit", tokens_that_fit)
     folder = run(*STEPS, "max_steps=1")
-    assert known == [{}, {"attention": [1.5, 4.0]}]
+    assert known == [begun, begun | {"attention": [1.5, 4.0]}]
     assert read_state(f"{folder}/LATEST")["measured"] == measured
     run("resume=true", f"run_dir={folder}", "max_steps=2")
     assert known[2:] == [measured] * 2 and read_state(f"{folder}/LATEST")["measured"] == measured
+
+
+def test_what_was_measured_elsewhere_is_forgotten(monkeypatch):
+    """On another card, in another number, with other settings; and on a CPU."""
+    config = config_of()
+    assert known_before({"for": []}, config) == {}
+    monkeypatch.setattr(engine.gpu, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    known = known_before(None, config) | {"max_tokens": 7}
+    assert known_before(known, config) == known
+    assert "max_tokens" not in known_before(known, config_of("activation_checkpointing=true"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "L40S")
+    assert known_before(known, config) == {"for": ["L40S", *known["for"][1:]]}
 
 
 def test_what_is_known_is_not_measured(monkeypatch):
