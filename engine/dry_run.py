@@ -72,12 +72,9 @@ def estimate_memory(model, mode, config, num_devices, num_rows, length, num_micr
             "optimizer state": optimizer_bytes(weights, config, shards),
             "checkpoint": num_bytes(weights) + optimizer_bytes(weights, config, 1)}
     bf16 = num_devices == 1 and (config.compute_dtype, config.dtype) == ("bfloat16", "float32")
+    bf16 = bf16 and all(x.dim() < 3 for x in weights)  # experts know no autocast without memory
     computing = fake_copy(model, mode, config.dtype if bf16 else config.compute_dtype)
-    try:
-        states, activations = saved_by_forward(computing, mode, num_rows, length, bf16)
-    except RuntimeError:  # products of experts know no float32 weights there
-        computing = fake_copy(model, mode, config.compute_dtype)
-        states, activations = saved_by_forward(computing, mode, num_rows, length, False)
+    states, activations = saved_by_forward(computing, mode, num_rows, length, bf16)
     layers = decoder_layers(computing)
     inside = {x for layer in layers for x in layer.parameters()}
     if num_devices > 1 and fsdp["reduce_once"] and num_microbatches > 1:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import DATA, FEW_ROWS, last_gradient, make_trainer
+from conftest import DATA, FEW_ROWS, last_gradient, make_trainer, tiny_of
 
 import engine.dry_run
 import train
@@ -150,10 +150,19 @@ def test_the_budget_is_what_free_memory_holds(monkeypatch, capsys):
     measured = {}
     assert tokens_that_fit(policy, [policy], config, measured, 512) == 700
     assert measured == {"max_tokens": 700}
-    assert tokens_that_fit(policy, [policy], config, {"max_tokens": 800}, 512) == 800
-    monkeypatch.setattr(engine.dry_run, "saved_by_forward", None)  # as of a model that no estimate is made for
+    assert tokens_that_fit(policy, [policy], config, {"max_tokens": 800}, 9) == 800
+    monkeypatch.setattr(engine.dry_run, "saved_by_forward", None)  # as of a model without an estimate
     assert tokens_that_fit(policy, [policy], config, {}, 512) == 700
     assert "memory     is not estimated, " in capsys.readouterr().out
+
+
+def test_experts_are_counted_too():
+    """Whose products are refused, without memory, under autocast."""
+    trainer, model = make_trainer("compute_dtype=bfloat16"), tiny_of("mixtral")
+    mode = engine.dry_run.FakeTensorMode(allow_non_fake_inputs=True)
+    small, large = (engine.dry_run.estimate_memory(model, mode, trainer.config, 1, rows, 64, 1)
+                    for rows in (2, 4))
+    assert 1.9 < large["activations"] / small["activations"] < 2.1
 
 
 def test_float32_weights_in_bfloat16_keep_more_than_bfloat16_weights(capsys):
