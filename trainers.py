@@ -92,8 +92,9 @@ class Trainer:
         self.measured = known_before(checkpoint and read_state(checkpoint)["measured"], config)
         layouts = choose_layouts(
             config.layout, models, examples, config.compute_dtype == "bfloat16", self.measured)
-        stays = 1 + self.objective.moves_reference - (config.reference_cache and can_cache(self.objective))
-        frozen = [model for model in (*[reference] * stays, reward_model) if model]
+        goes = config.reference_cache and can_cache(self.objective) and self.uses_every_row
+        moves = self.objective.moves_reference and not self.objective.in_stages  # beside the first one
+        frozen = [model for model in (*[reference] * (1 + moves - goes), reward_model) if model]
         max_tokens = config.max_tokens_per_microbatch or tokens_that_fit(
             policy, frozen, config, self.measured, max(x.row_length for x in examples))
         dtype = torch.promote_types(policy.dtype, torch.float32)
@@ -282,8 +283,7 @@ class Trainer:
     def next_iteration(self):
         """Self-play: the policy answers prompts, and what the objective makes of its answers is trained on.
 
-        Where the reference moves, it is from here on the policy as it is now. Before the first, at iteration
-        -1, the run has evaluated and saved the first opponent.
+        Where the reference moves, it is from here on the policy as it is now, which is evaluated and saved.
         """
         opponent = fingerprint(self.policy)
         self.policy.eval()
@@ -324,16 +324,14 @@ class Trainer:
     def fill_in_reference(self):
         """The reference's log-probabilities of every response, computed once or read from their cache.
 
-        Evaluation's come from the very microbatches that it will use, so that rewards at step 0 are exactly
-        0; training's from microbatches that no setting of memory changes. Then only samples need the
-        reference, which waits for them in the host's memory, or goes.
+        Evaluation's come from its own microbatches, so that rewards at step 0 are exactly 0; training's from
+        some that no setting of memory changes. Then the reference waits in the host for samples, or goes.
         """
         config, rows = self.config, self.data.train_examples
         if not (config.reference_cache and can_cache(self.objective)):
             return
         cache = ReferenceCache(self.reference, self.fingerprints["reference"], config, self.bf16)
-        limit = self.max_steps * config.batch_size
-        if min(limit, self.num_to_use(len(rows))) < len(rows):
+        if not self.uses_every_row:
             rows = []  # a run that does not see every row computes those that it sees in its steps
         fixed = dataclasses.replace(
             self.batcher, max_tokens=default_max_tokens(config.compute_dtype), eval_batch_size=256)
@@ -360,6 +358,11 @@ class Trainer:
     def num_to_use(self, num_rows):
         """How many examples all epochs use; rounded first, for 0.1 * 30 is 3.0000000000000004."""
         return math.ceil(round(self.config.num_epochs * num_rows, 6))
+
+    @property
+    def uses_every_row(self):
+        num_rows = len(self.data.train_examples)
+        return min(self.max_steps * self.config.batch_size, self.num_to_use(num_rows)) >= num_rows
 
     @property
     def last_step(self):
@@ -458,8 +461,7 @@ class Trainer:
             self.train_examples = self.make_examples()
 
     def rewind_records(self):
-        """Cuts metrics.jsonl and samples.jsonl back to the step that is saved, or to none; clears what an
-        interrupted save left."""
+        """Cuts the records back to the step that is saved, or to none; clears an interrupted save."""
         self.folder.clear_partial()
         last = -1 if self.saved_step is None else self.step
         kept = self.folder.rewind("metrics.jsonl", lambda line: line["step"] <= last)

@@ -3,8 +3,8 @@
 import contextlib
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS

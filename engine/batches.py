@@ -151,24 +151,24 @@ class Layout:
 SEPARATE, SHARED, PACKED = Layout(shared=False), Layout(shared=True), Layout(shared=True, packed=True)
 
 
-def microbatches(examples, num_parts, max_tokens, layouts=(SEPARATE,), level=False):
+def microbatches(examples, num_parts, max_tokens, layouts=(SEPARATE,), balanced=False):
     """Cuts examples, longest first, into nearly equal parts, and these by a budget of tokens: a list of
     (examples, layout).
 
     The budget counts padding; an example beyond it goes alone. Each microbatch gets the cheapest of the
-    layouts. level: what the budget cuts is cut into as many pieces of nearly as many tokens, instead of full
-    ones and a rest: on a GPU, and more so in shards, each microbatch has costs of its own.
+    layouts. balanced: what the budget cuts is cut into no more pieces, but of nearly as many tokens each,
+    instead of full ones and a rest: on a GPU, and more so in shards, each microbatch has costs of its own.
     """
     ordered = sorted(examples, key=lambda x: (len(x.responses), layouts[-1].width(x)), reverse=True)
     parts = []
     for i in range(num_parts):
         part = ordered[i * len(ordered) // num_parts:(i + 1) * len(ordered) // num_parts]
         pieces = cut_by_budget(part, max_tokens, layouts)
-        low, high = 0, max_tokens if level and len(pieces) > 1 else 0
+        low, high = 0, max_tokens if balanced and len(pieces) > 1 else 0
         while high - low > max(1, high // 50):  # for the smallest budget that cuts it into no more
             middle = (low + high) // 2
             tried = cut_by_budget(part, middle, layouts)
-            if len(tried) == len(pieces):
+            if len(tried) <= len(pieces):
                 pieces, high = tried, middle
             else:
                 low = middle
@@ -353,8 +353,8 @@ class Batcher:
 
     def train_share(self, examples: list[Example], num_parts: int) -> list[Batch]:
         """Of a step's examples nearly as many tokens as other ranks have, and just as many Batches."""
-        level = device().type == "cuda"
-        parts = [microbatches(share, num_parts, self.max_tokens, self.layouts, level)
+        balanced = device().type == "cuda"
+        parts = [microbatches(share, num_parts, self.max_tokens, self.layouts, balanced)
                  for share in split_over_ranks(examples, num_ranks())]
         num_idle = max(map(len, parts)) - len(parts[rank()])
         return [*(self.collate(*part) for part in parts[rank()]),

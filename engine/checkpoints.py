@@ -399,7 +399,7 @@ def read_state(checkpoint: str) -> dict:
         with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
             later = dict.fromkeys(("reward_model", "tokens", "began", "opponent"))
             state = dict.fromkeys(COUNTERS[2:], 0) | later | {"state": {}, "measured": {}} | json.load(file)
-        if not all((state[name] or "2-").startswith("2-") for name in ("reference", "reward_model")):
+        if not all(str(state[name] or "2-").startswith("2-") for name in ("reference", "reward_model")):
             raise InputError(f"checkpoint {checkpoint} is of code before 2026-11-26, which hashed models in "
                              "another way: finish the run with that, or begin one with model= this folder")
         return {name: state[name] for name in (*COUNTERS, *FINGERPRINTS, "began", "opponent", "state",

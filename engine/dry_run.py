@@ -59,8 +59,8 @@ def estimate_memory(model, mode, config, num_devices, num_rows, length, num_micr
     """Bytes on each of so many devices, {what: bytes}, for a model, of which only the form is read.
 
     mode: that of the fake tensors to count with. A microbatch has num_rows of `length` tokens, and a device
-    so many of them in a step. Activations are what one forward keeps for its backward, counted
-    tensor by tensor; with activation checkpointing what follows from that.
+    so many of them in a step. Activations are what one forward keeps for its backward, counted tensor by
+    tensor; with activation checkpointing what follows from that.
     """
     def num_bytes(tensors, shards=1):  # FSDP cuts the first dimension
         return sum(math.ceil(x.shape[0] / shards) * math.prod(x.shape[1:]) * x.element_size()

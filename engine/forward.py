@@ -171,10 +171,16 @@ def choose_layouts(setting: str, models: list[tuple], examples: list[Example], b
     """
     measured = {} if measured is None else measured
     layouts = from_first(try_layouts(setting, models, examples, bf16, measured))
-    for model, _ in models if layouts != (PACKED,) else ():
+    if layouts != (PACKED,):
+        sdpa_instead(models)
+    return layouts
+
+
+def sdpa_instead(models):
+    """varlen is for packed rows: some models read the name of their attention, and do others wrong."""
+    for model, _ in models:
         if model.config._attn_implementation == "varlen":
             model.set_attn_implementation("sdpa")
-    return layouts
 
 
 @raise_on_all_ranks
@@ -191,8 +197,7 @@ def try_layouts(setting, models, examples, bf16, measured):
             if measured["not packed"] is None:
                 return (PACKED,)
             print(f"attention  sdpa: with varlen there is a model {measured['not packed']}")
-            for model, _ in models:
-                model.set_attn_implementation("sdpa")
+            sdpa_instead(models)
         reason = next(filter(None, (why_not_shared(*pair, examples, SHARED) for pair in models)), None)
         if reason and setting == "shared":
             raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
@@ -294,15 +299,16 @@ def why_not_shared(model, response_values, examples, layout=SHARED, bf16=False):
 
     def read(rows, layout, bf16):
         return response_values(model, collate(rows, layout=layout).to(model.device), bf16)
-    was_training, attention = model.training, model.config._attn_implementation
+    was_training = model.training
     model.eval()
     try:
         if layout.packed:
             model.set_attn_implementation("sdpa")
         with in_float32(model):
-            exact = apart = read(pairs, SEPARATE, False)
+            exact = read(pairs, SEPARATE, False)
         apart = read(pairs, SEPARATE, True) if bf16 else exact
-        model.set_attn_implementation(attention)
+        if layout.packed:
+            model.set_attn_implementation("varlen")
         with contextlib.nullcontext() if bf16 else in_float32(model):
             together, moved = read(pairs, layout, bf16), read(others, layout, bf16)
     except torch.OutOfMemoryError:
@@ -310,7 +316,6 @@ def why_not_shared(model, response_values, examples, layout=SHARED, bf16=False):
     except Exception as error:  # a model may refuse positions or masks in its own way
         return f"which does not take shared prompts: {first_line(error)}"
     finally:
-        model.set_attn_implementation(attention)
         model.train(was_training)
     scale = apart.abs().clamp(min=1)
     error, own = (((x - apart).abs() / scale).max().item() for x in (together, exact))

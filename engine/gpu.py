@@ -1,5 +1,7 @@
 """What is a GPU told before a run, and how near to its peak does a step come?"""
 
+import weakref
+
 import torch
 
 from engine.batches import CACHED
@@ -9,6 +11,7 @@ from engine.forward import multiply_adds
 PEAKS = {  # bfloat16 FLOP/s, dense, by NVIDIA's datasheets, of a card whose name holds this; the first counts
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
     "RTX 4090": 165e12}
+COUNTED = weakref.WeakKeyDictionary()  # multiply_adds of a model, once and not in every step
 
 
 def prepare_gpu():
@@ -51,12 +54,23 @@ def necessary_flops(model, examples, with_reference: bool) -> float:
 
     with_reference: whether a reference as large runs in the step too, forward alone.
     """
-    linear, attention = multiply_adds(model)
-    config, head = model.config.get_text_config(), model.get_output_embeddings() is not None
-    num_logits = head * config.vocab_size * config.hidden_size
-    total = 0
+    total = sum(flops_by_part(model, examples).values())
+    return total + with_reference * total / 3
+
+
+def flops_by_part(model, examples) -> dict[str, float]:
+    """The same without a reference, of prompts, responses, the head and attention: a multiplication and an
+    addition each, and a backward is two forwards."""
+    if model not in COUNTED:
+        COUNTED[model] = multiply_adds(model)
+    (linear, attention), config = COUNTED[model], model.config.get_text_config()
+    head = config.vocab_size * config.hidden_size if model.get_output_embeddings() is not None else 0
+    parts = dict.fromkeys(("prompt", "response", "head", "attention"), 0)
     for example in examples:
         prompt, lengths = len(example.prompt), [*map(len, example.responses)]
         pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in lengths)
-        total += linear * example.num_tokens + 2 * attention * pairs + num_logits * sum(lengths)
-    return total * 2 * (3 + with_reference)  # a backward is two forwards
+        parts["prompt"] += 6 * linear * prompt
+        parts["response"] += 6 * linear * sum(lengths)
+        parts["head"] += 6 * head * sum(lengths)
+        parts["attention"] += 12 * attention * pairs  # a score and a value
+    return parts

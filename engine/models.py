@@ -202,7 +202,8 @@ def fingerprint(model: PreTrainedModel) -> str:
             if rank() == 0:
                 described = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
                 weights.append((described, threads.submit(hashed, values.detach().cpu())))
-                weights[max(0, len(weights) - 16)][1].result()  # no more copies at once
+                if len(weights) >= 16:
+                    weights[-16][1].result()  # no more copies at once
     text = "\n".join(f"{described} {future.result()}" for described, future in weights)
     return from_first("2-" + hashlib.sha256(text.encode()).hexdigest())
 

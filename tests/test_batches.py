@@ -117,21 +117,21 @@ def test_microbatches_hold_every_example_once_under_the_budget():
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_microbatches_of_a_step_are_level_on_a_gpu():
+def test_microbatches_of_a_step_are_balanced_on_a_gpu():
     """By hand: 6 pairs of 10 tokens each, in a budget of 40: as 4 and 2, or 3 and 3. Of any lengths no more
     pieces, none beyond the budget, and no small rest."""
     pairs = [example([1] * 6, [2] * 2, [3] * 2) for _ in range(6)]
-    for level, sizes in ((False, [4, 2]), (True, [3, 3])):
-        assert [len(part) for part, _ in microbatches(pairs, 1, 40, (PACKED,), level)] == sizes
+    for balanced, sizes in ((False, [4, 2]), (True, [3, 3])):
+        assert [len(part) for part, _ in microbatches(pairs, 1, 40, (PACKED,), balanced)] == sizes
     rng = random.Random(0)
     examples = [example([1] * rng.randint(1, 30), [2] * rng.randint(1, 30), [3] * rng.randint(1, 30))
                 for _ in range(53)]
     for layouts in ((SEPARATE,), (SHARED,), (PACKED,), (SEPARATE, SHARED)):
         sizes = {}
-        for level in (False, True):
-            parts = microbatches(examples, 1, 500, layouts, level)
+        for balanced in (False, True):
+            parts = microbatches(examples, 1, 500, layouts, balanced)
             assert sorted(id(x) for part, _ in parts for x in part) == sorted(map(id, examples))
-            sizes[level] = [collate(part, layout=layout).input_ids.numel() for part, layout in parts]
+            sizes[balanced] = [collate(part, layout=layout).input_ids.numel() for part, layout in parts]
         assert len(sizes[True]) == len(sizes[False]) > 3 and max(sizes[True]) <= 500
         assert min(sizes[True]) >= max(min(sizes[False]), 0.75 * max(sizes[True]))
 

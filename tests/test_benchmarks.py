@@ -23,7 +23,7 @@ from conftest import FEW_ROWS, ROOT, config_of, losses_of, make_trainer, read_li
 from transformers import AutoConfig, AutoTokenizer
 
 from engine import batches
-from engine.gpu import necessary_flops
+from engine.gpu import flops_by_part, necessary_flops
 
 PAGES = "".join(open(path, encoding="utf-8").read() for path in (
     os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(ROOT, "docs", "*.md"))))
@@ -61,7 +61,7 @@ def test_necessary_arithmetic_by_hand():
                                responses=(np.ones(2), np.ones(1)))
     weights, vocabulary = 2 * (4 * 128 * 128 + 3 * 128 * 256), trainer.policy.config.vocab_size
     seen = (1 + 2 + 3) + (4 + 5) + 4
-    assert load("throughput").necessary(trainer, [pair]) == {
+    assert flops_by_part(trainer.policy, [pair]) == {
         "prompt": 6 * weights * 3, "response": 6 * weights * 3, "head": 6 * 128 * vocabulary * 3,
         "attention": 3 * 2 * 2 * 2 * 128 * seen}
     flops = 6 * weights * 6 + 6 * 128 * vocabulary * 3 + 3 * 2 * 2 * 2 * 128 * seen
@@ -286,8 +286,8 @@ def test_the_page_of_a_gpu_on_a_cpu(gpu, monkeypatch, capsys):
         argparse.Namespace(run=run)))
     monkeypatch.setattr(gpu, "PACKAGES", dict.fromkeys(gpu.PACKAGES, "nonesuch"))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", "page.md"])
-    with torch._dynamo.config.patch(disable=True):
-        gpu.main()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)  # takes minutes
+    gpu.main()
     page = capsys.readouterr().out
     assert open("page.md", encoding="utf-8").read() == page
     table = check_page(page, gpu)
@@ -302,6 +302,15 @@ def test_the_page_of_a_gpu_on_a_cpu(gpu, monkeypatch, capsys):
     assert added[0][1]["flops"] == pytest.approx(added[1][1]["flops"] * 4 / 3)  # without the reference
     best, _ = min(trained[:-4], key=lambda pair: pair[1].get("seconds", math.inf))
     assert [settings for settings, _ in trained[-4:]] == [attention[0][0], best] * 2
+
+
+def test_the_page_of_a_gpu_wants_one(gpu, monkeypatch, capsys):
+    """A model of 1B would be trained on a CPU until the time is up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", "page.md"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "there is no NVIDIA card here; --tiny tries" in capsys.readouterr().err and os.listdir() == []
 
 
 def test_the_page_of_a_gpu_by_hand(gpu):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import (DATA, FEW_ROWS, OWN, TEMPORARY, TINY_RUN, last_gradient, latest, losses_of,
                       make_trainer, needed, obvious_logp, read_lines, same_weights, write_lines)
+from fork_rows import ROWS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -305,6 +306,24 @@ def test_each_model_has_its_say_on_the_layouts(monkeypatch):
     trainer = make_trainer("loss=rm", *QUICK)
     trainer.make_batcher(policy, None, None)
     assert asked[-1][1] == [(policy, response_scores)]
+
+
+@pytest.mark.parametrize("settings, row, number", [
+    (["loss=dpo"], None, 0), (["loss=dpo", "reference_cache=elsewhere"], None, 0),  # before step 1 it goes
+    (["loss=dpo", "reference_cache=false"], None, 1), (["loss=spin"], None, 1), (["loss=rm"], None, 0),
+    (["loss=dpo", "max_steps=3"], None, 1), (["loss=dpo", "num_epochs=0.5"], None, 1),  # not every row
+    (["loss=dpo"], "following", 2)])  # it moves, and stays where it began
+def test_references_that_stay_have_their_memory(settings, row, number, monkeypatch):
+    """For the budget of tokens on a GPU: how many of the reference's size are there in a step."""
+    if row:
+        monkeypatch.setitem(OBJECTIVES, "dpo", ROWS[row])
+    trainer, counted = make_trainer(*QUICK, "max_steps=null", *settings), []
+    monkeypatch.setattr(trainers, "tokens_that_fit", lambda *given: counted.append(given[1]) or 99)
+    reference = trainer.reference and trainer.policy
+    judge = copy.deepcopy(trainer.policy)
+    monkeypatch.setattr(trainers, "choose_layouts", lambda *arguments: (SEPARATE,))
+    trainer.make_batcher(trainer.policy, reference, judge)
+    assert counted == [[reference] * number + [judge]]
 
 
 def test_activation_checkpointing_changes_nothing(exact_norms):

@@ -86,6 +86,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.worker:
         return work()
+    if not (arguments.tiny or torch.cuda.is_available()):
+        parser.error("there is no NVIDIA card here; --tiny tries the script on a CPU")
     tables = {}
     with tempfile.TemporaryDirectory() as folder, Contenders(folder, arguments.minutes) as contenders:
         for title, row, answer in measure(contenders.run, arguments.tiny):

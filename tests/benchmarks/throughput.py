@@ -191,6 +191,7 @@ WARM_UP = 4  # steps
 
 def run_here(arguments, settings):
     import train
+    from engine.gpu import flops_by_part
     state = {"losses": []}
 
     def prepare():
@@ -222,7 +223,8 @@ def run_here(arguments, settings):
         used = trainer.train_examples[WARM_UP * trainer.config.batch_size:trainer.num_used]
         return {"seconds": seconds, "losses": state["losses"], "memory": peak_memory(), "pairs": len(used),
                 "parameters": sum(p.numel() for p in trainer.policy.parameters()),
-                "tokens": sum(example.num_tokens for example in used), "necessary": necessary(trainer, used)}
+                "tokens": sum(example.num_tokens for example in used),
+                "necessary": flops_by_part(trainer.policy, used)}
 
     def parts():
         trainer = state["trainer"]
@@ -230,24 +232,6 @@ def run_here(arguments, settings):
         trainer.next_global_batch = None  # which was made ahead for another place
         return {"seconds": profile(trainer, steps), "reference": state["reference"], "cache": state["cache"]}
     serve(prepare, go, parts)
-
-
-def necessary(trainer, examples):
-    """Floating point operations of a forward and backward that runs each token once: {part: FLOP}."""
-    model, text = trainer.policy, trainer.policy.config.get_text_config()
-    decoder = model.get_decoder()
-    weights = sum(p.numel() for name, p in decoder.named_parameters() if p.dim() == 2 and "embed" not in name)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    width = text.num_hidden_layers * text.num_attention_heads * head_dim
-    flop = dict.fromkeys(("prompt", "response", "head", "attention"), 0)
-    for example in examples:
-        prompt, answers = len(example.prompt), [len(ids) for ids in example.responses]
-        flop["prompt"] += 6 * weights * prompt
-        flop["response"] += 6 * weights * sum(answers)
-        flop["head"] += 6 * text.vocab_size * text.hidden_size * sum(answers)
-        pairs = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in answers)
-        flop["attention"] += 12 * width * pairs  # scores and values, two backwards each
-    return flop
 
 
 def profile(trainer, steps):
