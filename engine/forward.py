@@ -101,6 +101,18 @@ def response_scores(model: PreTrainedModel, batch: Batch, bf16=False) -> torch.T
     return F.linear(hidden, head.weight.to(hidden.dtype), head.bias).view(-1, len(batch.examples))
 
 
+@contextlib.contextmanager
+def in_any_order():
+    """While it lasts a GPU may add in any order; see prepare_gpu."""
+    asked, warns = (torch.are_deterministic_algorithms_enabled(),
+                    torch.is_deterministic_algorithms_warn_only_enabled())
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warns)
+
+
 # ---------------------------------------------------------------- decoder and head, one after the other
 
 
@@ -173,6 +185,10 @@ def choose_layouts(setting: str, models: list[tuple], examples: list[Example], b
     layouts = from_first(try_layouts(setting, models, examples, bf16, measured))
     if layouts != (PACKED,):
         sdpa_instead(models)
+    if reason := from_first(why_in_any_order(*models[0], examples, layouts[0], bf16)):
+        torch.use_deterministic_algorithms(False)
+        if rank() == 0:
+            print(f"bits       of a run are others each time: {reason}")
     return layouts
 
 
@@ -248,6 +264,24 @@ def measure_attention(model, linear, bf16, length=2048, num_tokens=2**13, repeat
     long_ones = [measure(layout, length) for layout in (SEPARATE, SHARED)]
     costs = (max(0.0, linear * (seconds / short - 1) / width) for seconds, width in long_ones)
     return tuple(float(f"{cost:.0e}") for cost in costs)  # not a little other each time
+
+
+@raise_on_all_ranks
+def why_in_any_order(model, response_values, examples, layout, bf16) -> str | None:
+    """The operation of a model that adds in no fixed order on a GPU, where torch was asked for one, or None:
+    tried forward and backward by the first rank, on a few tokens of an example."""
+    if not torch.are_deterministic_algorithms_enabled() or rank() > 0:
+        return None
+    few = dataclasses.replace(examples[0], prompt=examples[0].prompt[-32:], columns={}, token_weights=None,
+                              responses=tuple(ids[:32] for ids in examples[0].responses))
+    with at_hand([model]):
+        try:
+            values = response_values(model, collate([few], layout=layout).to(model.device), bf16)
+            torch.autograd.grad(values.sum(), next(x for x in model.parameters() if x.requires_grad))
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            return first_line(error)
 
 
 @contextlib.contextmanager

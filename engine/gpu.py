@@ -1,5 +1,6 @@
 """What is a GPU told before a run, and how near to its peak does a step come?"""
 
+import os
 import weakref
 
 import torch
@@ -16,8 +17,13 @@ COUNTED = weakref.WeakKeyDictionary()  # multiply_adds of a model, once and not 
 
 def prepare_gpu():
     """To be called before the first model. cuDNN's attention, torch 2.13's first choice on Hopper, gives NaN
-    gradients under masks of some lengths (pytorch #196678) and makes a plan for each new shape."""
+    gradients under masks of some lengths (pytorch #196678) and makes a plan for each new shape. And in
+    attention's backward a GPU adds in any order, unless it is told not to: no run would end as another."""
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if device().type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def known_before(measured, config) -> dict:

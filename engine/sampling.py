@@ -21,8 +21,8 @@ from engine.batches import Batcher, Example, stream
 from engine.checkpoints import RunFolder
 from engine.distributed import (device, from_all, from_first, num_ranks, raise_on_all_ranks, rank, unsharded,
                                 wait_for_all)
-from engine.forward import (autocast, read_tokens, response_logps, response_scores, sum_over_responses,
-                            token_kls)
+from engine.forward import (autocast, in_any_order, read_tokens, response_logps, response_scores,
+                            sum_over_responses, token_kls)
 from engine.objectives import SELF_PLAY, parameters
 from engine.report import progress
 
@@ -122,7 +122,7 @@ class Sampler:
         mask = pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0, "left").to(device())
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else (
             contextlib.nullcontext())  # or it would compile for each new length of the cache
-        with autocast(self.bf16), eager:
+        with autocast(self.bf16), eager, in_any_order():  # top_p's sums have no other
             output = model.generate(input_ids, attention_mask=mask, max_new_tokens=max_new_tokens,
                                     logits_processor=[noise], synced_gpus=in_step)
         return output[:, input_ids.shape[1]:].tolist()

@@ -6,6 +6,7 @@ on a CPU, where the engine's stand-in takes FlashAttention's place, and show tha
 
 import gc
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts, for the same bits again
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product, as prepare_gpu says
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from engine.checkpoints import read_state
 from engine.distributed import apply_fsdp, device, device_mesh, full_tensor, meta_copy
 from engine.dry_run import estimate_memory, tokens_that_fit
 from engine.forward import measure_attention, response_logps
-from engine.gpu import gpu_metrics, known_before, necessary_flops
+from engine.gpu import gpu_metrics, known_before, necessary_flops, prepare_gpu
 from engine.sampling import SeededSampling
 from engine.toy import toy
 from losses import OBJECTIVES
@@ -286,16 +287,25 @@ def test_recomputed_activations_change_nothing(more, sft_run):
 
 
 @pytest.fixture
-def determinism():
-    yield lambda wanted: torch.use_deterministic_algorithms(wanted, warn_only=True)
+def determinism(monkeypatch):
+    """determinism(False): a GPU may add in any order, as torch does by itself."""
+    def want(wanted):
+        def prepare():
+            prepare_gpu()
+            torch.use_deterministic_algorithms(wanted and HAS_CARD)
+        monkeypatch.setattr(engine.gpu, "prepare_gpu", prepare)
+    yield want
     torch.use_deterministic_algorithms(False)
 
 
 @ON_CARD
 @pytest.mark.parametrize("wanted", [False, True])
-@pytest.mark.parametrize("more", [["layout=shared"], [BF16, "attention=varlen"]], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("more", [
+    ["layout=shared"], [BF16, "attention=varlen"],
+    pytest.param([BF16, "attention=varlen", "compile=true"], marks=CARDS_OWN)],
+    ids=["float32", "bfloat16", "compiled"])
 def test_a_run_that_goes_on(more, wanted, run, determinism, capsys):
-    """Stopped after 3 of 6 steps: on a CPU the same bits as a whole run, on a card it is printed whether."""
+    """Stopped after 3 of 6 steps: the same bits as a whole run."""
     determinism(wanted)
     settings = [*STEPS, "loss=dpo", f"data={LONG}", f"eval_data={LONG}", "max_steps=6", *more]
     whole = run(*settings, "run_dir=whole")
@@ -304,8 +314,8 @@ def test_a_run_that_goes_on(more, wanted, run, determinism, capsys):
     same = losses_of(half) == losses_of(whole) and same_weights(half, whole)
     with capsys.disabled():
         print(f"\n{' '.join(more)}, deterministic: {wanted}, resumed bit for bit: {same}")
-    assert same or HAS_CARD
-    assert len(losses_of(half)) == 6 and losses_of(half) == pytest.approx(losses_of(whole), rel=1e-3)
+    assert same or (HAS_CARD and not wanted)
+    assert len(losses_of(half)) == 6 and losses_of(half) == pytest.approx(losses_of(whole), rel=1e-2)
 
 
 @pytest.fixture(scope="session")
@@ -335,7 +345,7 @@ def test_what_the_same_bits_cost(llama, determinism, capsys):
         with capsys.disabled():
             print(f"\ndeterministic: {wanted}, bit for bit: {first == second}, cost: "
                   f"{min(seconds, again):.4f} s a step")
-        assert first == pytest.approx(second, rel=1e-3) and (first == second or HAS_CARD)
+        assert first == pytest.approx(second, rel=1e-3) and (first == second or HAS_CARD and not wanted)
 
 
 @ON_CARD
@@ -346,15 +356,34 @@ def test_answers_are_the_same_again(sft_run):
     prompts += [prompt[:-2] for prompt in prompts]
     trainer.policy.eval()
 
-    def answers(temperature, size, limit=12):
+    def answers(temperature, size, top_p=1.0, limit=12):
         sampler.config.eval_batch_size, found = size, {}
-        sampling = {"temperature": temperature, "top_p": 1.0}
+        sampling = {"temperature": temperature, "top_p": top_p}
         for numbers, drawn in sampler.batches(trainer.policy, prompts, [limit] * 18, range(18), sampling):
             found |= zip(numbers, drawn)
         return [found[i] for i in range(18)]
     assert answers(1.0, 256) == answers(1.0, 256) != answers(0, 256)
+    assert answers(1.0, 256, 0.7) == answers(1.0, 256, 0.7) != answers(1.0, 256)
     assert answers(0, 256) == answers(0, 1) == answers(0, 5)
     assert SeededSampling([0], 1.0, 1.0).generators[0].device.type == DEVICE.type
+
+
+@CARDS_OWN
+def test_a_model_that_adds_in_any_order(capsys, monkeypatch):
+    """Trains all the same, and it is said. A sum over all places so far has no order on a GPU."""
+    decoder = LlamaForCausalLM.get_decoder
+
+    def add_sum(module, given, output):
+        return output + output.detach().flatten().cumsum(0)[-1]
+
+    def hooked(self):
+        if not self.model.norm._forward_hooks:
+            self.model.norm.register_forward_hook(add_sum)
+        return decoder(self)
+    monkeypatch.setattr(LlamaForCausalLM, "get_decoder", hooked)
+    trainer = make_trainer(*STEPS)
+    assert "bits       of a run are others each time: cumsum" in capsys.readouterr().out
+    assert trainer.train_step()["loss"] > 0 and not torch.are_deterministic_algorithms_enabled()
 
 
 # ---------------------------------------------------------------- what fits, and how fast it is
@@ -375,13 +404,14 @@ def test_a_microbatch_of_the_budget_fits():
 @ON_CARD
 @pytest.mark.parametrize("more", [["attention=sdpa", "layout=separate"], ["attention=varlen"]], ids=" ".join)
 def test_memory_is_what_was_estimated(more, llama, capsys):
-    """The peak of a second step, which has the optimizer's state, beside dry_run's sum."""
+    """The peak of a second step, of two microbatches, with the optimizer's state, beside dry_run's sum."""
     gc.collect()
     before = torch.cuda.memory_allocated() if HAS_CARD else 0
-    trainer = train.build_trainer(config_of(*STEPS, *llama, BF16, *more))
-    height, width = trainer.make_global_batch(0)[1][0].input_ids.shape
+    trainer = train.build_trainer(config_of(*STEPS, *llama, BF16, *more, "gradient_accumulation_steps=2"))
+    shapes = [batch.input_ids.shape for batch in trainer.make_global_batch(1)[1]]
+    height, width = max(shapes, key=math.prod)
     held = estimate_memory(trainer.policy, FakeTensorMode(allow_non_fake_inputs=True), trainer.config, 1,
-                           height, width, 1)
+                           height, width, len(shapes))
     estimate = sum(size for name, size in held.items() if name != "checkpoint")
     trainer.train_step()
     if HAS_CARD:
@@ -391,7 +421,7 @@ def test_memory_is_what_was_estimated(more, llama, capsys):
     with capsys.disabled():
         print(f"\n{' '.join(more)}: {height} x {width} tokens, estimated {estimate / 2**20:,.0f} MiB"
               + f", at its peak {peak / 2**20:,.0f} MiB" * HAS_CARD)
-    assert peak == pytest.approx(estimate, rel=0.25)
+    assert len(shapes) > 1 and peak == pytest.approx(estimate, rel=0.1)
 
 
 @ON_CARD
@@ -509,6 +539,7 @@ def test_what_was_measured_stays(run, monkeypatch):
 def test_what_was_measured_elsewhere_is_forgotten(monkeypatch):
     """On another card, in another number, with other settings; and on a CPU."""
     config = config_of()
+    monkeypatch.setattr(engine.gpu, "device", lambda: torch.device("cpu"))
     assert known_before({"for": []}, config) == {}
     monkeypatch.setattr(engine.gpu, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
@@ -517,6 +548,36 @@ def test_what_was_measured_elsewhere_is_forgotten(monkeypatch):
     assert "max_tokens" not in known_before(known, config_of("activation_checkpointing=true"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "L40S")
     assert known_before(known, config) == {"for": ["L40S", *known["for"][1:]]}
+
+
+def test_an_operation_that_adds_in_any_order_is_found(monkeypatch):
+    """By torch's own refusal, which a CPU says of an operation of its own."""
+    model, examples = tiny_of("llama"), random_examples()
+    messages = itertools.cycle(["cumsum does not have a deterministic implementation\nbut", "another fault"])
+
+    def refuse(*given):
+        raise RuntimeError(next(messages))
+    why = engine.forward.why_in_any_order
+    assert why(model, refuse, [], SEPARATE, False) is None  # nobody asked for an order
+    try:
+        prepare_gpu()
+        assert torch.are_deterministic_algorithms_enabled() == HAS_CARD
+        torch.use_deterministic_algorithms(True)
+        assert why(model, response_logps, examples, SHARED, False) is None
+        assert all(p.grad is None for p in model.parameters())
+        said = why(model, refuse, examples, SHARED, False)
+        assert said == "cumsum does not have a deterministic implementation"
+        with pytest.raises(RuntimeError, match="another fault"):
+            why(model, refuse, examples, SHARED, False)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with engine.forward.in_any_order():
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        monkeypatch.setattr(engine.forward, "why_in_any_order", lambda *given: "cumsum")
+        engine.forward.choose_layouts("separate", [(model, response_logps)], examples)
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_what_is_known_is_not_measured(monkeypatch):

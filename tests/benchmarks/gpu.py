@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -28,14 +27,15 @@ import numpy as np
 import throughput
 import torch
 import transformers
+from torch._subclasses import FakeTensorMode
 
 import train
 import trainers  # noqa: F401, which train.py imports late
 from data import load_rows
 from engine import first_line
-from engine.batches import Example
+from engine.batches import CACHED, Example
 from engine.distributed import device
-from engine.dry_run import print_dry_run
+from engine.dry_run import estimate_memory
 from engine.gpu import PEAKS, necessary_flops
 from engine.models import load_tokenizer, train_tokenizer
 from losses import OBJECTIVES
@@ -69,7 +69,8 @@ Medians of steps of DPO, with RMSprop, computing in bfloat16, on float32 weights
 named. A row with + goes on from the fastest above it, and from the rows with + that have run. Tokens are
 counted once, without padding. The share is what a step must compute, each prompt once (6 operations a weight
 and token, and the reference's forward where the step runs it), against the card's dense bfloat16 peak by
-NVIDIA's datasheet. dry_run foresees sdpa. A loss is compared with the first row's, step by step.
+NVIDIA's datasheet. The estimate is dry_run's of the largest microbatch that was timed, by sdpa and without
+compiling. A loss is compared with the first row's, step by step.
 
 Published marks: prefix sharing gives 1.1 to 1.6 times over good packing (arXiv 2410.20305), DPO of 7B runs at
 12 to 32% of the peak (open-instruct), pretraining at 33 to 46% (torchtitan, fms-fsdp).
@@ -298,13 +299,15 @@ def used():
 
 
 def estimate(trainer):
-    """GiB that dry_run=true foresees of sdpa (flex_attention crashes on tensors without memory), with the
-    reference where it stays."""
-    config, said = argparse.Namespace(**vars(trainer.config) | {"attention": "sdpa"}), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        print_dry_run(config, trainer.objective, trainer.data, config.model)
-    sizes = re.findall(r"([\d,.]+) MiB  (?:in all|more .* which stays)", said.getvalue())
-    return sum(float(size.replace(",", "")) for size in sizes) / 2**10
+    """GiB that dry_run=true foresees for the largest microbatch that was timed, with the reference where it
+    stays; of sdpa (flex_attention crashes on tensors without memory)."""
+    timed = range(throughput.WARM_UP, trainer.config.max_steps)
+    steps = [trainer.make_global_batch(step)[1] for step in timed]
+    height, width = max((batch.input_ids.shape for step in steps for batch in step), key=math.prod)
+    held = estimate_memory(trainer.policy, FakeTensorMode(allow_non_fake_inputs=True), trainer.config, 1,
+                           height, width, max(map(len, steps)))
+    stays = trainer.reference is not None and CACHED not in steps[0][0].columns
+    return (sum(held.values()) - held["checkpoint"] + stays * held["weights"]) / 2**30
 
 
 def sample(settings, long):
