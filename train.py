@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
 
     # Torch takes seconds to import: only now, when what is mistyped has been refused.
     from data import DATASETS, load_data
-    from engine.checkpoints import load_config, lock_folder
+    from engine.checkpoints import keep_merged, load_config, lock_folder
     from engine.distributed import MAX_HOURS, WAITS, num_ranks, start_ranks
     from engine.dry_run import print_dry_run
     from engine.report import print_results
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     if config.dry_run:
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough
             run_data = load_data(config, objective, checkpoint)
-            print_dry_run(config, objective, run_data, checkpoint or config.model)
+            print_dry_run(config, objective, run_data, checkpoint)
         return 0
 
     start_ranks()  # joins torchrun's processes, if there are several
@@ -35,10 +35,13 @@ def main(arguments: list[str]) -> int:
     with lock_folder(config.run_dir, config.resume, checkpoint):
         trainer.rewind_records()
         if checkpoint and trainer.is_finished and not trainer.eval_is_due():
+            keep_merged(config)  # it may have been killed just before
             print(f"This run is finished: its last step, {trainer.step}, is in {checkpoint}.")
             return 0
         trainer.start_folder()
         stopped_by = trainer.train()  # 0, the number of a signal, MAX_HOURS or WAITS
+        if not stopped_by:
+            keep_merged(config)
 
     if not stopped_by:
         print_results(trainer.folder.lines("metrics.jsonl"), config.run_dir, trainer.saved_step, objective)
@@ -58,7 +61,7 @@ def build_trainer(config, checkpoint: str | None = None):
     from data import load_data
     from engine.checkpoints import reference_path
     from engine.gpu import prepare_gpu
-    from engine.models import check_optimizer, keep_freed_memory, load_beside, load_model
+    from engine.models import check_optimizer, keep_freed_memory, load_beside, load_policy
     from engine.report import print_summary
     from losses import OBJECTIVES
     from trainers import Trainer
@@ -74,8 +77,7 @@ def build_trainer(config, checkpoint: str | None = None):
     tokenizer = run_data.tokenizer
 
     # The policy, which learns; the frozen reference, if none is named the same weights; a reward model.
-    head = "new scores" if objective.inputs == "scores" else None  # a scalar head, made if there is none
-    policy = load_model(checkpoint or config.model, run_data.model_config, config, tokenizer, head)
+    policy = load_policy(config, objective, run_data, checkpoint)
     reference = reward_model = None
     if objective.needs_reference:
         path = reference_path(config, objective.in_stages, checkpoint)

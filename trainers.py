@@ -10,16 +10,16 @@ from collections import Counter
 import torch
 from transformers import PreTrainedModel
 
-from engine import InputError
 from engine.batches import LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens, stream
 from engine.cache import ReferenceCache, score_or_read
-from engine.checkpoints import COUNTERS, Checkpoints, RunFolder, read_state, restore_state, save_model
+from engine.checkpoints import COUNTERS, Checkpoints, RunFolder, keep_models, read_state, restore_state
 from engine.distributed import (WAITS, Stopped, StopRequest, device, full_tensor, meta_copy, num_ranks,
-                                shard, sum_over_ranks, sync_gradients)
+                                shard, shard_frozen, sum_over_ranks, sync_gradients)
 from engine.dry_run import tokens_that_fit
 from engine.forward import choose_layouts, response_logps, response_scores
 from engine.gpu import gpu_metrics, known_before, step_flops
-from engine.models import as_steps, fingerprint, learning_rate, make_optimizer
+from engine.lora import base_of, read_adapters
+from engine.models import as_steps, check_fingerprints, fingerprint, learning_rate, make_optimizer
 from engine.objectives import (SELF_PLAY, WEIGHT, call_loss, can_cache, join, parameters, read_values,
                                step_state, token_losses)
 from engine.report import advance, describe_failure, print_evaluation, print_samples, progress
@@ -44,7 +44,6 @@ class Trainer:
         self.step = self.examples = self.first_step = self.first_examples = 0
         self.iteration = -1 if self.objective.self_play else 0
         self.state, self.opponent = {}, None  # what after_step moves; who answered this iteration's prompts
-        # What a loss takes of a model: (K, B).
         self.response_values = response_scores if self.objective.inputs == "scores" else response_logps
         # bf16: by autocast, on one device; shards cast by themselves.
         self.bf16 = num_ranks() == 1 and (config.compute_dtype, config.dtype) == ("bfloat16", "float32")
@@ -53,31 +52,33 @@ class Trainer:
         self.max_steps = math.inf if config.max_steps is None else config.max_steps
         self.throughput = Counter()  # since the last logged step
 
+        is_own = reference is policy and config.lora["rank"] > 0  # the policy without its adapters
+
         # Parts with a state of their own, each in its room of the engine.
         self.stop = StopRequest(config.max_hours)
         self.folder = RunFolder(config.run_dir)
         self.checkpoints = Checkpoints(self.folder, meta_copy(policy), run_data.tokenizer,
                                        config.keep_checkpoints, config.async_save)
-        self.batcher = self.make_batcher(policy, reference, reward_model, checkpoint)
+        self.batcher = self.make_batcher(policy, None if is_own else reference, reward_model, checkpoint)
 
         # Models, sharded over the ranks; only the policy learns.
-        if reference is policy and num_ranks() == 1:  # of several ranks shard() makes a copy for each
+        if reference is policy and num_ranks() == 1 and not is_own:  # of several shard() makes copies
             reference = copy.deepcopy(policy)
         self.policy = shard(policy, config).train()
-        self.reference = reference and shard(reference, config).eval().requires_grad_(False)
+        own = read_adapters(self.policy, config, self.objective.in_stages, checkpoint)
+        self.reference = own if is_own else reference and shard_frozen(reference, config)
         self.first_reference = self.reference  # from which samples/kl is measured
         if self.objective.moves_reference and not self.objective.in_stages:
             first = reference if num_ranks() > 1 else copy.deepcopy(reference)
-            self.first_reference = shard(first, config).eval().requires_grad_(False)
-        self.reward_model = reward_model and shard(reward_model, config).eval().requires_grad_(False)
-        self.fingerprints = {**run_data.fingerprints,
-                             "reference": self.reference and fingerprint(self.reference),
-                             "reward_model": self.reward_model and fingerprint(self.reward_model)}
+            self.first_reference = shard_frozen(first, config)
+        self.reward_model = reward_model and shard_frozen(reward_model, config)
+        kept = {"base": base_of(self.policy), "reference": self.reference, "reward_model": self.reward_model}
+        self.fingerprints = run_data.fingerprints | {x: m and fingerprint(m) for x, m in kept.items()}
         models = self.policy, self.reference
         self.sampler = Sampler(config, run_data, self.batcher, models, self.reward_model, self.bf16)
         if self.objective.self_play:
-            is_judged = "scores" in parameters(self.objective.self_play)[0]
-            self.self_play = SelfPlay(config, run_data, self.folder, self.sampler, is_judged)
+            self.self_play = SelfPlay(config, run_data, self.folder, self.sampler,
+                                      "scores" in parameters(self.objective.self_play)[0])
         self.optimizer = make_optimizer(self.policy.parameters(), config)
         self.bind_settings()
         if checkpoint:
@@ -283,7 +284,7 @@ class Trainer:
     def next_iteration(self):
         """Self-play: the policy answers prompts, and what the objective makes of its answers is trained on.
 
-        Where the reference moves, it is from here on the policy as it is now, which is evaluated and saved.
+        In stages the policy as it is now is the reference; before the first it was evaluated and saved.
         """
         opponent = fingerprint(self.policy)
         self.policy.eval()
@@ -427,11 +428,11 @@ class Trainer:
             print_evaluation(self.step, metrics)
 
     def start_folder(self):
-        """Starts wandb, writes config.yaml, and keeps the weights of a reference that came from no folder."""
+        """Starts wandb, writes config.yaml, and keeps the weights of what came from no folder."""
         self.folder.start(self.config, self.saved_step)
-        is_tiny = (self.config.reference or self.config.model) == "tiny"
-        if is_tiny and self.first_reference and self.saved_step is None and not self.objective.in_stages:
-            save_model(self.folder.path("reference"), self.first_reference, self.data.tokenizer)
+        if self.saved_step is None:
+            reference = None if self.objective.in_stages else self.first_reference
+            keep_models(self.folder, self.config, self.policy, reference, self.data.tokenizer)
 
     def save(self):
         """Saves all that a resume needs as step-<step>; spares what self-play's opponent needs."""
@@ -446,10 +447,7 @@ class Trainer:
     def restore(self, checkpoint):
         """Takes up a checkpoint's optimizer, counters and random state. Raises InputError if it may not."""
         state = read_state(checkpoint)
-        for what, now in self.fingerprints.items():
-            if state[what] not in (now, None):
-                what = "tokenizer or chat template" if what == "tokens" else what
-                raise InputError(f"the {what} is not what this run began with: put it back, or start anew")
+        check_fingerprints(state, self.fingerprints)
         for name in COUNTERS:
             setattr(self, name, state[name])
         self.state, self.opponent = state["state"], state["opponent"] or state["reference"]

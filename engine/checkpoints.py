@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 import warnings
 
 import torch
@@ -17,19 +18,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine import InputError, first_line
 from engine.config import (ROOT, Dumper, as_namespace, check_changes, check_config, flatten, read_schema,
                            read_yaml)
-from engine.distributed import (TIMEOUT, check_devices, from_first, full_state_dict, full_tensor, num_ranks,
-                                raise_on_all_ranks, rank, wait_for_all)
-from engine.models import check_optimizer, make_optimizer
+from engine.distributed import (TIMEOUT, check_devices, copy_full, from_first, full_state_dict, full_tensor,
+                                num_ranks, raise_on_all_ranks, rank, wait_for_all)
+from engine.lora import AdaptersOff, adapted_layers, base_of, base_path, is_adapter, save_adapter
+from engine.models import check_optimizer, load_adapted, make_optimizer
 from engine.objectives import check_table
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process needs none
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
-FINGERPRINTS = ("data", "tokens", "reference", "reward_model")  # what a resumed run must find unchanged
+FINGERPRINTS = ("data", "tokens", "reference", "reward_model", "base")  # which a resumed run finds again
 
 
 # ---------------------------------------------------------------- a run's folder, and nobody else in it
@@ -181,7 +182,7 @@ class RunFolder:
     def clear_partial(self):
         """Deletes what an interrupted save left."""
         for name in os.listdir(self.run_dir) if rank() == 0 else ():
-            if re.fullmatch(r"\.(step-\d+|reference)\.partial", name):
+            if re.fullmatch(r"\.(step-\d+|reference|base|merged-\d+)\.partial", name):
                 shutil.rmtree(self.path(name))
 
     def sync(self):
@@ -211,7 +212,7 @@ def git(*arguments):
 class Checkpoints:
     """Writes a run's checkpoints, with async_save while training goes on.
 
-        step-000040/         the model and its tokenizer, a whole Hugging Face folder
+        step-000040/         the model and its tokenizer, a whole Hugging Face folder; or peft's of adapters
           trainer_state/
             state.json       COUNTERS and FINGERPRINTS
             rng.pt           random state
@@ -238,7 +239,7 @@ class Checkpoints:
         self.folder.sync()
         rng = {"cpu": torch.get_rng_state(),  # of several ranks none looks at the others' GPUs
                "cuda": torch.cuda.get_rng_state_all() if num_ranks() == 1 else []}
-        weights = full_state_dict(policy, copied=self.thread is not None)
+        weights = full_state_dict(policy, self.thread is not None, learning=bool(adapted_layers(policy)))
         optimizer = optimizer_state(policy, optimizer)
         moved = moved and {name: full_tensor(x.detach()).to("cpu", copy=True)
                            for name, x in moved.named_parameters()}
@@ -268,18 +269,21 @@ class Checkpoints:
         with complete_folder(self.folder.path(name), self.group) as partial:
             beside = os.path.join(partial, "trainer_state")
             if rank() == 0:
-                self.form.save_pretrained(partial, state_dict=weights)
+                if state["base"]:
+                    save_adapter(partial, self.form, weights)
+                else:
+                    self.form.save_pretrained(partial, state_dict=weights)
                 self.tokenizer.save_pretrained(partial)
                 os.makedirs(beside, exist_ok=True)  # others may have begun
                 torch.save(rng, os.path.join(beside, "rng.pt"))
                 if moved:
                     save_file(moved, os.path.join(beside, "reference.safetensors"))
                 with open(os.path.join(beside, "state.json"), "w") as file:
-                    json.dump(state, file)
+                    json.dump(state | {"base_dtype": str(self.form.dtype)}, file)
             dcp.save(optimizer | {"step": state["step"]}, checkpoint_id=os.path.join(beside, "optimizer"),
                      process_group=self.group, no_dist=num_ranks() == 1)
         if rank() == 0:
-            point_latest(self.folder.run_dir, name)
+            point(self.folder.run_dir, "LATEST", name)
             self.discard(state["step"], spared)
         wait_for_all(self.group)
 
@@ -302,6 +306,15 @@ def save_model(folder, model, tokenizer):
         if rank() == 0:
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+
+
+def keep_models(folder: RunFolder, config, policy, reference, tokenizer):
+    """Keeps what a resume reads and no folder has: a reference made here, and the base of adapters."""
+    is_made = (config.reference or config.model) == "tiny"
+    if is_made and reference and not isinstance(reference, AdaptersOff):
+        save_model(folder.path("reference"), reference, tokenizer)
+    if base_path(config) == folder.path("base"):
+        save_model(folder.path("base"), base_of(policy), tokenizer)
 
 
 def optimizer_state(model, optimizer) -> dict:
@@ -331,12 +344,13 @@ def complete_folder(final, group=None):
     sync(os.path.dirname(final))
 
 
-def point_latest(run_dir, name):
-    temporary = os.path.join(run_dir, ".LATEST")
+def point(run_dir, link, name):
+    """Makes a link in a run's folder, LATEST or merged, point to another folder there."""
+    temporary = os.path.join(run_dir, f".{link}")
     if os.path.lexists(temporary):
         os.remove(temporary)
     os.symlink(name, temporary)
-    os.replace(temporary, os.path.join(run_dir, "LATEST"))
+    os.replace(temporary, os.path.join(run_dir, link))
     sync(run_dir)
 
 
@@ -370,6 +384,28 @@ def sync(path):
 # ---------------------------------------------------------------- reading it back
 
 
+def merge(checkpoint, trust_remote_code=False) -> str:
+    """Makes of an adapter runs/x/step-000040 and the model beside it runs/x/merged-000040, a whole Hugging
+    Face folder, and returns its name."""
+    if not is_adapter(checkpoint):
+        raise InputError(f"{checkpoint} is no checkpoint with adapters, which alone are merged")
+    run_dir, name = os.path.split(os.path.realpath(checkpoint))
+    merged = "merged" + name.removeprefix("step")
+    if not os.path.exists(os.path.join(run_dir, merged)):
+        model, tokenizer = load_adapted(os.path.join(run_dir, name), trust_remote_code)
+        save_model(os.path.join(run_dir, merged), model, tokenizer)
+    return merged
+
+
+def keep_merged(config):
+    """Merges a run's last checkpoint, if that has adapters: runs/x/merged is a link to it."""
+    latest = os.path.join(config.run_dir, "LATEST")
+    if is_adapter(latest):
+        name = merge(latest, config.trust_remote_code)
+        if rank() == 0:
+            point(config.run_dir, "merged", name)
+
+
 def reference_path(config, in_stages: bool, checkpoint: str | None) -> str | None:
     """Where the reference is; None: it is the policy as it starts.
 
@@ -377,8 +413,8 @@ def reference_path(config, in_stages: bool, checkpoint: str | None) -> str | Non
     kept in the run's.
     """
     path = config.reference or config.model
-    if path == config.model and not checkpoint:
-        return None
+    if path == config.model and (not checkpoint or config.lora["rank"]):
+        return None  # with adapters the policy without them, or with another one
     if in_stages:
         return os.path.join(config.run_dir, f"step-{read_state(checkpoint)['first_step']:06d}")
     return os.path.join(config.run_dir, "reference") if path == "tiny" and checkpoint else path
@@ -397,13 +433,13 @@ def read_state(checkpoint: str) -> dict:
                          "point LATEST at a whole one, or start a new run")
     try:
         with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
-            later = dict.fromkeys(("reward_model", "tokens", "began", "opponent"))
+            later = dict.fromkeys(("reward_model", "tokens", "began", "opponent", "base", "base_dtype"))
             state = dict.fromkeys(COUNTERS[2:], 0) | later | {"state": {}, "measured": {}} | json.load(file)
         if not all(str(state[name] or "2-").startswith("2-") for name in ("reference", "reward_model")):
             raise InputError(f"checkpoint {checkpoint} is of code before 2026-11-26, which hashed models in "
                              "another way: finish the run with that, or begin one with model= this folder")
         return {name: state[name] for name in (*COUNTERS, *FINGERPRINTS, "began", "opponent", "state",
-                                                "measured")}
+                                                "measured", "base_dtype")}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"checkpoint {checkpoint} is damaged, its state.json is not whole: point LATEST at "
                          "another one, or start a new run") from error
@@ -425,8 +461,7 @@ def restore_state(checkpoint, step, policy, optimizer, config, moved=None):
         if moved:
             kept = load_file(os.path.join(folder, "reference.safetensors"))
             for name, x in moved.named_parameters():
-                x.copy_(distribute_tensor(kept[name].to(x.device), x.device_mesh, x.placements)
-                        if isinstance(x, DTensor) else kept[name])
+                copy_full(x, kept[name])
     except (Exception, dcp.CheckpointException) as error:  # which is no Exception
         raise InputError(f"checkpoint {checkpoint} is damaged, its trainer_state cannot be read: "
                          f"{first_line(error)}") from error
@@ -449,3 +484,13 @@ def restore_optimizer(folder, policy, optimizer, config):
     for name, value in state.items():
         weight, _, key = name.rpartition(".")
         optimizer.state[names[weight]][key] = value
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "merge":
+        sys.exit("usage: python -m engine.checkpoints merge runs/x/step-000040")
+    try:
+        name = merge(sys.argv[2])
+    except InputError as refused:
+        sys.exit(f"error: {refused}")
+    print("merged    ", os.path.join(os.path.dirname(os.path.realpath(sys.argv[2])), name))

@@ -229,6 +229,13 @@ def check_models(config, objective):
                          "is the policy at the start of each iteration: leave it out")
     if objective.needs_teacher and not config.reference:
         raise InputError(f"loss={config.loss} needs a teacher: name one of the same tokenizer by reference=")
+    if config.lora["rank"] and objective.moves_reference and not objective.in_stages:
+        raise InputError(f"loss={config.loss} moves its reference, which adapters share with the policy: "
+                         "set lora.rank=0")
+    if config.lora["base_dtype"] == "bfloat16" != config.compute_dtype and config.lora["rank"]:
+        raise InputError("lora.base_dtype=bfloat16 computes in bfloat16: set compute_dtype=bfloat16")
+    if config.lora["base_dtype"] == "float32" != config.dtype and config.lora["rank"]:
+        raise InputError(f"lora.base_dtype=float32 does not go with dtype={config.dtype}: leave it out")
     unread = [] if objective.needs_reference else ["reference"]
     unread += ["reward_model", "sample_attributes"] if objective.inputs == "scores" else []
     for key in unread:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy,
                                     fully_shard, register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -181,6 +181,11 @@ def shard(model: PreTrainedModel, config) -> PreTrainedModel:
     return apply_fsdp(sharded, model, config)
 
 
+def shard_frozen(model, config):
+    """The same of a model that does not learn."""
+    return shard(model, config).eval().requires_grad_(False)
+
+
 def apply_fsdp(sharded, model, config):
     """Shards a meta_copy of a model, in place, and gives it the weights that the first rank's model has."""
     fsdp = config.fsdp
@@ -291,13 +296,23 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state_dict(model, copied=False) -> dict[str, torch.Tensor]:
+def copy_full(tensor, values):
+    """Fills a tensor, which may be a shard, from one with all that it has."""
+    is_shard = isinstance(tensor, DTensor)
+    values = values.to(tensor.device)
+    tensor.copy_(distribute_tensor(values, tensor.device_mesh, tensor.placements) if is_shard else values)
+
+
+def full_state_dict(model, copied=False, learning=False) -> dict[str, torch.Tensor]:
     """A model's state dict on the CPU, on the first rank; the others, which ask too, get an empty one.
 
-    copied: sharing no memory with the model. Tied weights are one tensor, which torch's own function unties.
+    copied: sharing no memory with the model. learning: only what learns. Tied weights are one tensor, which
+    torch's own function unties.
     """
     tensors, state = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if learning and not tensor.requires_grad:
+            continue
         if id(tensor) not in tensors:
             values = full_tensor(tensor.detach())
             is_own = copied and not isinstance(tensor, DTensor)

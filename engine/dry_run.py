@@ -13,19 +13,19 @@ from engine.attention import attention_of
 from engine.batches import default_max_tokens
 from engine.distributed import decoder_layers, device, from_all, num_ranks, reduce_dtype
 from engine.forward import CHUNK_LOGITS, decode, decoder_inputs
-from engine.models import load_model, make_optimizer
+from engine.models import load_policy, make_optimizer
 from engine.objectives import can_cache
 from engine.report import print_lines
 
-def print_dry_run(config, objective, run_data, path):
+
+def print_dry_run(config, objective, run_data, checkpoint):
     """What each device would hold, how many tokens and steps there are, and how large a checkpoint is.
 
-    path: where the model's configuration is, whose weights are not read.
+    checkpoint: of a run that would go on, or None. No weights are read.
     """
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     num_devices, replicas = config.world_size or int(os.environ.get("WORLD_SIZE", 1)), config.fsdp["replicas"]
-    head = "new scores" if objective.inputs == "scores" else None
-    model = load_model(path, run_data.model_config, config, run_data.tokenizer, head, mode)
+    model = load_policy(config, objective, run_data, checkpoint, torch.device("meta"))
     examples, parts = run_data.train_examples, config.gradient_accumulation_steps
     num_tokens, length = sum(x.num_tokens for x in examples), max(x.row_length for x in examples)
     share = num_tokens / len(examples) * config.batch_size / num_devices  # a device's tokens in a step
@@ -44,7 +44,7 @@ def print_dry_run(config, objective, run_data, path):
     in_all = sum(size for name, size in held.items() if name not in in_host)
     lines += [("", f"{in_all / 2**20:>12,.1f} MiB  in all, with microbatches of {num_rows:,} x "
                    f"{length:,} tokens")]
-    if objective.needs_reference:
+    if objective.needs_reference and (config.reference or not config.lora["rank"]):
         waits = config.reference_cache and can_cache(objective)
         lines += [("", f"{held['weights'] / 2**20:>12,.1f} MiB  more for a reference as large, "
                        + ("until its numbers are known" if waits else "which stays"))]
@@ -68,17 +68,19 @@ def estimate_memory(model, mode, config, num_devices, num_rows, length, num_micr
 
     fsdp, weights = config.fsdp, list(model.parameters())
     shards = num_devices // fsdp["replicas"]
-    held = {"weights": num_bytes(weights, shards), "gradients": num_bytes(weights, shards),
-            "optimizer state": optimizer_bytes(weights, config, shards),
-            "checkpoint": num_bytes(weights) + optimizer_bytes(weights, config, 1)}
+    learning = [x for x in weights if x.requires_grad]
+    held = {"weights": num_bytes(weights, shards), "gradients": num_bytes(learning, shards),
+            "optimizer state": optimizer_bytes(learning, config, shards),
+            "checkpoint": num_bytes(learning) + optimizer_bytes(learning, config, 1)}
     bf16 = num_devices == 1 and (config.compute_dtype, config.dtype) == ("bfloat16", "float32")
     bf16 = bf16 and all(x.dim() < 3 for x in weights)  # experts know no autocast without memory
-    computing = fake_copy(model, mode, config.dtype if bf16 else config.compute_dtype)
+    is_cast = num_devices > 1 or (config.compute_dtype != config.dtype and not bf16)
+    computing = fake_copy(model, mode, getattr(torch, config.compute_dtype) if is_cast else None)
     states, activations = saved_by_forward(computing, mode, num_rows, length, bf16)
     layers = decoder_layers(computing)
     inside = {x for layer in layers for x in layer.parameters()}
     if num_devices > 1 and fsdp["reduce_once"] and num_microbatches > 1:
-        held["whole gradients"] = sum(x.numel() for x in weights) * reduce_dtype(config.dtype).itemsize
+        held["whole gradients"] = sum(x.numel() for x in learning) * reduce_dtype(config.dtype).itemsize
     if num_devices > 1:  # the next layer is gathered while one runs
         sizes = sorted(num_bytes(layer.parameters()) for layer in layers)
         held["gathered weights"] = num_bytes(x for x in computing.parameters() if x not in inside) + sum(
@@ -137,11 +139,11 @@ def fsdp_in_host(config):
     return {"weights", "gradients", "optimizer state"} if config.fsdp["cpu_offload"] else set()
 
 
-def fake_copy(model, mode, dtype):
-    """The model of fake tensors, its weights of `dtype`, as it is without activation checkpointing."""
+def fake_copy(model, mode, dtype=None):
+    """The model of fake tensors, its weights of `dtype` or their own, without activation checkpointing."""
     with mode:
-        memo = {id(x): torch.nn.Parameter(torch.empty(x.shape, dtype=getattr(torch, dtype), device="cpu"))
-                for x in model.parameters()}
+        memo = {id(x): torch.nn.Parameter(torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu"),
+                                          x.requires_grad) for x in model.parameters()}
         memo |= {id(x): torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in model.buffers()}
         copied = copy.deepcopy(model, memo).eval()  # layers are checkpointed in training only
     copied.set_attn_implementation("sdpa" if copied._supports_sdpa and (

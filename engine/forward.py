@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from engine import InputError, first_line
 from engine.attention import attention_of, kernel_error
 from engine.batches import PACKED, SEPARATE, SHARED, Batch, Example, Layout, collate
-from engine.distributed import (device, from_first, num_ranks, raise_on_all_ranks, rank,
+from engine.distributed import (decoder_layers, device, from_first, num_ranks, raise_on_all_ranks, rank,
                                 with_root_unsharded)
+from engine.lora import as_asked
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # that exist at once: of a chunk, a GPU reads the whole head
 ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by a CPU's clock
@@ -103,7 +104,7 @@ def response_scores(model: PreTrainedModel, batch: Batch, bf16=False) -> torch.T
 
 @contextlib.contextmanager
 def in_any_order():
-    """While it lasts a GPU may add in any order; see prepare_gpu."""
+    """While it lasts a GPU may add in any order; see add_in_order."""
     asked, warns = (torch.are_deterministic_algorithms_enabled(),
                     torch.is_deterministic_algorithms_warn_only_enabled())
     torch.use_deterministic_algorithms(False)
@@ -136,11 +137,12 @@ def decoder_of(model):
 def decode(model, inputs):
     """What a model's decoder gives: its states, and what else its head's forward may ask for."""
     outputs = []
-
-    def run_decoder():
-        outputs.append(decoder_of(model)(**inputs))
-        return outputs[0][0]  # on these a sharded model waits in the backward
-    with_root_unsharded(model, run_decoder)
+    with as_asked(model) as model:
+        def run_decoder():
+            outputs.append(decoder_of(model)(**inputs))
+            states = outputs[0][0]  # on these a sharded model waits in the backward
+            return states if states.requires_grad else states.requires_grad_(torch.is_grad_enabled())
+        with_root_unsharded(model, run_decoder)
     return outputs[0]
 
 
@@ -151,13 +153,14 @@ def run_head(model, output, hidden):
     is done here too.
     """
     output.last_hidden_state = hidden[None]
-    decoder = decoder_of(model)
-    decoder.forward = lambda *arguments, **options: output
-    try:
-        ids = hidden.new_zeros(1, len(hidden), dtype=torch.long)  # only their number is read
-        return model.forward(input_ids=ids, use_cache=False).logits.squeeze(0)  # past a sharded model's hooks
-    finally:
-        del decoder.forward
+    with as_asked(model) as model:
+        decoder = decoder_of(model)
+        decoder.forward = lambda *arguments, **options: output
+        try:
+            ids = hidden.new_zeros(1, len(hidden), dtype=torch.long)  # only their number is read
+            return model.forward(input_ids=ids, use_cache=False).logits.squeeze(0)  # past a shard's hooks
+        finally:
+            del decoder.forward
 
 
 def autocast(bf16):
@@ -185,10 +188,8 @@ def choose_layouts(setting: str, models: list[tuple], examples: list[Example], b
     layouts = from_first(try_layouts(setting, models, examples, bf16, measured))
     if layouts != (PACKED,):
         sdpa_instead(models)
-    if reason := from_first(why_in_any_order(*models[0], examples, layouts[0], bf16)):
-        torch.use_deterministic_algorithms(False)
-        if rank() == 0:
-            print(f"bits       of a run are others each time: {reason}")
+    elif device().type == "cuda" and num_ranks() == 1:
+        add_in_order(*models[0], examples, bf16)
     return layouts
 
 
@@ -266,22 +267,21 @@ def measure_attention(model, linear, bf16, length=2048, num_tokens=2**13, repeat
     return tuple(float(f"{cost:.0e}") for cost in costs)  # not a little other each time
 
 
-@raise_on_all_ranks
-def why_in_any_order(model, response_values, examples, layout, bf16) -> str | None:
-    """The operation of a model that adds in no fixed order on a GPU, where torch was asked for one, or None:
-    tried forward and backward by the first rank, on a few tokens of an example."""
-    if not torch.are_deterministic_algorithms_enabled() or rank() > 0:
-        return None
+def add_in_order(model, response_values, examples, bf16):
+    """Asks a GPU to add in one order, in attention's backward above all, so that a run gives the same bits
+    again; unless the model has an operation without one, by a try forward and backward on a few tokens."""
     few = dataclasses.replace(examples[0], prompt=examples[0].prompt[-32:], columns={}, token_weights=None,
                               responses=tuple(ids[:32] for ids in examples[0].responses))
-    with at_hand([model]):
-        try:
-            values = response_values(model, collate([few], layout=layout).to(model.device), bf16)
-            torch.autograd.grad(values.sum(), next(x for x in model.parameters() if x.requires_grad))
-        except RuntimeError as error:
-            if "deterministic" not in str(error):
-                raise
-            return first_line(error)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which would only take time
+    try:
+        values = response_values(model, collate([few], layout=PACKED).to(model.device), bf16)
+        torch.autograd.grad(values.sum(), next(x for x in model.parameters() if x.requires_grad))
+    except RuntimeError as error:
+        torch.use_deterministic_algorithms(False)
+        if "deterministic" not in str(error):
+            raise
+        print(f"bits       of a run are others each time: {first_line(error)}")
 
 
 @contextlib.contextmanager
@@ -370,12 +370,23 @@ def reach(config):
 
 @contextlib.contextmanager
 def in_float32(model):
-    """While it lasts a model's bfloat16 weights are float32."""
-    narrow = [x for x in (*model.parameters(), *model.buffers()) if x.dtype == torch.bfloat16]
-    for x in narrow:
-        x.data = x.data.float()
+    """While it lasts a model's bfloat16 weights are float32; those of a layer only while it runs, or a model
+    that just fits would not start."""
+    def narrow(module):
+        return {x for x in (*module.parameters(), *module.buffers()) if x.dtype == torch.bfloat16}
+
+    def change(tensors, dtype):
+        for x in tensors:
+            x.data = x.data.to(dtype)  # and back to just what it was
+    layers = {layer: narrow(layer) for layer in decoder_layers(model)}
+    rest, hooks = narrow(model).difference(*layers.values()), []
+    change(rest, torch.float32)
+    for layer, own in layers.items():
+        hooks += [layer.register_forward_pre_hook(lambda *_, own=own: change(own, torch.float32)),
+                  layer.register_forward_hook(lambda *_, own=own: change(own, torch.bfloat16))]
     try:
         yield
     finally:
-        for x in narrow:
-            x.data = x.data.bfloat16()  # just what it was
+        for hook in hooks:
+            hook.remove()
+        change(rest.union(*layers.values()), torch.bfloat16)

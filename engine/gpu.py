@@ -17,13 +17,9 @@ COUNTED = weakref.WeakKeyDictionary()  # multiply_adds of a model, once and not 
 
 def prepare_gpu():
     """To be called before the first model. cuDNN's attention, torch 2.13's first choice on Hopper, gives NaN
-    gradients under masks of some lengths (pytorch #196678) and makes a plan for each new shape. And in
-    attention's backward a GPU adds in any order, unless it is told not to: no run would end as another."""
+    gradients under masks of some lengths (pytorch #196678) and makes a plan for each new shape."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if device().type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for add_in_order, read at the first product
 
 
 def known_before(measured, config) -> dict:
@@ -60,8 +56,10 @@ def necessary_flops(model, examples, with_reference: bool) -> float:
 
     with_reference: whether a reference as large runs in the step too, forward alone.
     """
-    total = sum(flops_by_part(model, examples).values())
-    return total + with_reference * total / 3
+    parts = flops_by_part(model, examples)
+    attention, products = parts.pop("attention"), sum(parts.values())
+    passes = 3 if all(x.requires_grad for x in model.parameters()) else 2  # frozen ones have no gradient
+    return products * (passes + with_reference) / 3 + attention * (3 + with_reference) / 3
 
 
 def flops_by_part(model, examples) -> dict[str, float]:

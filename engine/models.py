@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import types
 
 import torch
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -20,6 +21,8 @@ from engine import InputError, first_line
 from engine.distributed import (device, device_mesh, from_first, full_tensor, num_ranks, raise_on_all_ranks,
                                 rank)
 from engine.forward import autocast
+from engine.lora import (AdaptersOff, add_adapters, base_folder, check_base, is_adapter, is_judge, kept_state,
+                         merge_adapter, policy_source, state_of)
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -115,6 +118,8 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
     head: None; or `scores` for a reward model, with a scalar head in the language model's place; or
     `new scores`, which gives a model without such a head one.
     """
+    if is_adapter(path):
+        return load_merged(path, model_config, config, tokenizer, head, blank)
     auto_class = AutoModelForSequenceClassification if head else AutoModelForCausalLM
     blank = blank or (torch.device("meta") if rank() > 0 else None)
     if head:
@@ -139,7 +144,7 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
         raise InputError(f"the tokenizer has {len(tokenizer)} tokens, more than the embeddings of {path}: "
                          "choose the tokenizer that belongs to the model")
     if num_ranks() == 1 and not blank:
-        model = model.to(device())
+        model = model.to(getattr(config, "device", device()))
         for x in model.parameters():
             if x.data_ptr() % 64:  # as in a file; where weights lie may change the last bit of a product
                 x.data = x.data.clone()
@@ -155,6 +160,48 @@ def load_model(path, model_config, config, tokenizer, head=None, blank=None) -> 
         with refusing(f"the model {path} with activation_checkpointing"):
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return model
+
+
+def load_merged(folder, model_config, config, tokenizer, head, blank):
+    """load_model of an adapter's folder: with the model beside which it was trained it is made one."""
+    if is_judge(folder) and not head:
+        raise InputError(f"the model {folder} cannot be loaded: it is a reward model, without a language "
+                         "model's head")
+    if head and not is_judge(folder):
+        raise InputError(f"the adapter {folder} is a language model's, without scores: begin from the whole "
+                         "model, the run's merged/")
+    kept_dtype = kept_state(folder).get("base_dtype", f"torch.{config.dtype}")
+    beside = types.SimpleNamespace(**vars(config) | {"dtype": kept_dtype.removeprefix("torch.")})
+    model = load_model(base_folder(folder), model_config, beside, tokenizer, head and "new scores", blank)
+    dtype = getattr(torch, config.dtype)
+    if blank or rank() > 0:
+        return model.to(dtype)
+    check_base(folder, hash_weights(AdaptersOff(model)))
+    merge_adapter(model, folder, dtype)
+    return model
+
+
+def load_policy(config, objective, run_data, checkpoint, blank=None) -> PreTrainedModel:
+    """The model that learns, as a run starts or as a checkpoint has it, with the adapters that the config
+    asks for; a reward model gets a scalar head if it has none."""
+    head = "new scores" if objective.inputs == "scores" else None
+    path, loading = policy_source(config, checkpoint)
+    policy = load_model(path, run_data.model_config, loading, run_data.tokenizer, head, blank)
+    add_adapters(policy, config, objective.in_stages)
+    return policy
+
+
+def load_adapted(checkpoint, trust_remote_code):
+    """A checkpoint's adapter and the model beside it as one, in the host's memory, and its tokenizer."""
+    dtype = kept_state(checkpoint).get("base_dtype", "torch.float32").removeprefix("torch.")
+    config = types.SimpleNamespace(
+        dtype=dtype, compute_dtype=dtype, trust_remote_code=trust_remote_code, max_length=0, device="cpu",
+        attention=None, activation_checkpointing=False)
+    with refusing(f"the tokenizer of {checkpoint}"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model_config, _ = load_model_config(checkpoint, config, tokenizer)
+    head = "scores" if is_judge(checkpoint) else None
+    return load_model(checkpoint, model_config, config, tokenizer, head), tokenizer
 
 
 def check_loaded(info, head):
@@ -191,13 +238,20 @@ def load_beside(key, path, config, tokenizer, head=None) -> PreTrainedModel:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the model's weights: names, types, shapes, and the sha256 of the bytes of each, for which
-    each core takes one weight after another. `2-` before it: until 2026-11-26 it was another."""
+    """sha256 over the model's weights: names, types, shapes, and the sha256 of the bytes of each.
+
+    `2-` before it: until 2026-11-26 it was another.
+    """
+    return from_first(hash_weights(model))
+
+
+def hash_weights(model):
+    """The fingerprint, on the first rank; each core takes one weight after another."""
     def hashed(values):
         return hashlib.sha256(values.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
     weights = []
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        for name, tensor in sorted(model.state_dict().items()):
+        for name, tensor in sorted(state_of(model).items()):
             values = full_tensor(tensor)
             if rank() == 0:
                 described = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
@@ -205,7 +259,15 @@ def fingerprint(model: PreTrainedModel) -> str:
                 if len(weights) >= 16:
                     weights[-16][1].result()  # no more copies at once
     text = "\n".join(f"{described} {future.result()}" for described, future in weights)
-    return from_first("2-" + hashlib.sha256(text.encode()).hexdigest())
+    return "2-" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_fingerprints(state, fingerprints):
+    """Raises InputError where something that a run rests on is not what it began with."""
+    for what, now in fingerprints.items():
+        if state[what] not in (now, None):
+            what = "tokenizer or chat template" if what == "tokens" else what
+            raise InputError(f"the {what} is not what this run began with: put it back, or start anew")
 
 
 @contextlib.contextmanager
@@ -249,7 +311,7 @@ def make_optimizer(parameters, config) -> torch.optim.Optimizer:
                              f"{', '.join(known)}")
         if isinstance(known[name], bool) and not isinstance(value, bool):
             raise InputError(f"optimizer_args.{name}={value!r} is not allowed: it must be true or false")
-    options = config.optimizer_args
+    options, parameters = config.optimizer_args, [x for x in parameters if x.requires_grad]
     has_fused = "fused" in known and (num_ranks() == 1 or "Adam" in config.optimizer)  # of shards no others
     if has_fused and not {"fused", "foreach", "differentiable"} & options.keys():
         options = options | {"fused": True}

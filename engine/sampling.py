@@ -23,6 +23,7 @@ from engine.distributed import (device, from_all, from_first, num_ranks, raise_o
                                 wait_for_all)
 from engine.forward import (autocast, in_any_order, read_tokens, response_logps, response_scores,
                             sum_over_responses, token_kls)
+from engine.lora import as_asked
 from engine.objectives import SELF_PLAY, parameters
 from engine.report import progress
 
@@ -81,9 +82,9 @@ class Sampler:
         """
         limits = [min(limit, self.positions - len(prompt)) for limit, prompt in zip(max_new_tokens, prompts)]
         batches = [batch for batch in self.group(prompts, limits) if not known.issuperset(batch)]
-        model.generation_config = self.plain  # of the model's own a repetition penalty would be mixed in
-        with unsharded(model, self.config) as in_step, progress(
+        with as_asked(model) as model, unsharded(model, self.config) as in_step, progress(
                 None, "sampling", total=len(batches), unit="batch") as bar:
+            model.generation_config = self.plain  # of the model's own a repetition penalty would be mixed in
             while batches:
                 self.batcher.stop.check()
                 at_once = batches[:num_ranks()]

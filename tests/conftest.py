@@ -279,8 +279,9 @@ def numbers(folder):
             for line in read_lines(f"{folder}/metrics.jsonl")]
 
 
-def same_weights(a, b):
-    first, second = (load_file(f"{folder}/LATEST/model.safetensors") for folder in (a, b))
+def same_weights(a, b, name="LATEST"):
+    """Of two runs' last checkpoints, or merged adapters."""
+    first, second = (load_file(f"{folder}/{name}/model.safetensors") for folder in (a, b))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -108,7 +108,8 @@ def test_what_state_json_may_lack(r, run):
     assert state == {"step": 3, "examples": 12, "iteration": 0, "first_step": 0, "first_examples": 0,
                      "data": state["data"], "tokens": state["tokens"], "reference": None,
                      "reward_model": None, "began": state["began"], "prompt_template": None,
-                     "opponent": None, "state": {}, "measured": {}}
+                     "opponent": None, "state": {}, "measured": {}, "base": None,
+                     "base_dtype": "torch.float32"}
     assert len(state["tokens"]) == 64 and datetime.date.fromisoformat(state["began"])
     old = {name: state[name] for name in ("step", "examples", "data", "reference")}
     json.dump(old, open(path, "w"))

@@ -86,7 +86,7 @@ def test_every_key_is_read():
         block, _, name = key.rpartition(".")
         if not block:
             assert re.search(rf"config\.{key}\b", code), key
-        elif block == "fsdp" or not any(
+        elif block in ("fsdp", "lora") or not any(
                 function and name in function.__code__.co_varnames for function in (
                     getattr(OBJECTIVES[block], x) for x in FUNCTIONS)):  # by its name
             assert f'"{name}"' in code, key

@@ -13,8 +13,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeque
 import engine.forward
 from engine import InputError
 from engine.batches import SEPARATE, Example, Layout, collate
-from engine.forward import (choose_layouts, decoder_inputs, decoder_of, read_tokens, response_logps,
-                            response_scores, run_head, sum_over_responses, token_logps, why_not_shared)
+from engine.forward import (choose_layouts, decoder_inputs, decoder_of, in_float32, read_tokens,
+                            response_logps, response_scores, run_head, sum_over_responses, token_logps,
+                            why_not_shared)
 
 QUICK = [f"eval_data={FEW_ROWS}", "num_samples=0", "max_tokens_per_microbatch=100000"]  # in one microbatch
 EXACT = ["dtype=float64", "compute_dtype=float64"]
@@ -181,6 +182,21 @@ def test_bfloat16_computes_on_float32_weights():
     assert (logps - exact).abs().max() > 1e-6 * exact.abs().max()
     assert (logps - exact).abs().max() < 2**-8 * exact.abs().max()
     assert trainer.train_step()["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_layer_is_float32_only_while_it_runs():
+    """What a wholly float32 copy says; afterwards all are the bits that they were."""
+    model = tiny_of("llama").bfloat16()
+    exact, ids, seen = copy.deepcopy(model).float(), torch.arange(3, 23)[None], []
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    first, second = model.model.layers
+    second.mlp.register_forward_hook(lambda *_: seen.append((first.mlp.up_proj.weight.dtype,
+                                                             second.mlp.up_proj.weight.dtype)))
+    with torch.no_grad(), in_float32(model):
+        assert torch.equal(model(ids).logits, exact(ids).logits)
+    assert seen == [(torch.bfloat16, torch.float32)]
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
