@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from engine.batches import LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens, stream
 from engine.cache import ReferenceCache, score_or_read
-from engine.checkpoints import COUNTERS, Checkpoints, RunFolder, keep_models, read_state, restore_state
+from engine.checkpoints import COUNTERS, Checkpoints, keep_models, read_state, restore_state
 from engine.distributed import (WAITS, Stopped, StopRequest, device, full_tensor, meta_copy, num_ranks,
                                 shard, shard_frozen, sum_over_ranks, sync_gradients)
 from engine.dry_run import tokens_that_fit
+from engine.folder import RunFolder
 from engine.forward import choose_layouts, response_logps, response_scores
 from engine.gpu import gpu_metrics, known_before, step_flops
 from engine.lora import base_of, read_adapters
@@ -44,6 +45,7 @@ class Trainer:
         self.step = self.examples = self.first_step = self.first_examples = 0
         self.iteration = -1 if self.objective.self_play else 0
         self.state, self.opponent = {}, None  # what after_step moves; who answered this iteration's prompts
+        self.records = {}  # what each was when a checkpoint was saved
         self.response_values = response_scores if self.objective.inputs == "scores" else response_logps
         # bf16: by autocast, on one device; shards cast by themselves.
         self.bf16 = num_ranks() == 1 and (config.compute_dtype, config.dtype) == ("bfloat16", "float32")
@@ -57,8 +59,7 @@ class Trainer:
         # Parts with a state of their own, each in its room of the engine.
         self.stop = StopRequest(config.max_hours)
         self.folder = RunFolder(config.run_dir)
-        self.checkpoints = Checkpoints(self.folder, meta_copy(policy), run_data.tokenizer,
-                                       config.keep_checkpoints, config.async_save)
+        self.checkpoints = Checkpoints(self.folder, meta_copy(policy), run_data.tokenizer, config)
         self.batcher = self.make_batcher(policy, None if is_own else reference, reward_model, checkpoint)
 
         # Models, sharded over the ranks; only the policy learns.
@@ -437,8 +438,8 @@ class Trainer:
     def save(self):
         """Saves all that a resume needs as step-<step>; spares what self-play's opponent needs."""
         state = {name: getattr(self, name) for name in COUNTERS} | self.fingerprints
-        state |= {"began": self.data.began, "prompt_template": self.config.prompt_template}
-        state |= {"state": self.state, "opponent": self.opponent, "measured": self.measured}
+        state |= {"began": self.data.began, "state": self.state, "opponent": self.opponent,
+                  "measured": self.measured}
         spared = self.first_step if self.objective.in_stages else None
         moved = self.reference if self.first_reference is not self.reference else None
         self.checkpoints.save(self.policy, self.optimizer, state, spared, moved)
@@ -450,7 +451,8 @@ class Trainer:
         check_fingerprints(state, self.fingerprints)
         for name in COUNTERS:
             setattr(self, name, state[name])
-        self.state, self.opponent = state["state"], state["opponent"] or state["reference"]
+        self.state, self.records = state["state"], state["records"]
+        self.opponent = state["opponent"] or state["reference"]
         moved = self.reference if self.first_reference is not self.reference else None
         restore_state(checkpoint, self.step, self.policy, self.optimizer, self.config, moved)
         self.saved_step = self.step
@@ -461,10 +463,9 @@ class Trainer:
     def rewind_records(self):
         """Cuts the records back to the step that is saved, or to none; clears an interrupted save."""
         self.folder.clear_partial()
-        last = -1 if self.saved_step is None else self.step
-        kept = self.folder.rewind("metrics.jsonl", lambda line: line["step"] <= last)
+        kept, _ = (self.folder.cut(name, self.records.get(name, {"size": 0})["size"])
+                   for name in ("metrics.jsonl", "samples.jsonl"))
         self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
-        self.folder.rewind("samples.jsonl", lambda line: line["step"] in self.evaluated_steps)
 
 
 def add_to_sums(sums: dict, batch: Batch, losses: torch.Tensor, metrics: dict):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from engine import InputError
 from engine.batches import CACHED, REWARDS, Batcher, Example
-from engine.checkpoints import RunFolder, sync
+from engine.folder import RunFolder, disk_fault, sync
 from engine.distributed import device, from_first, num_ranks, raise_on_all_ranks, rank
 from engine.forward import response_logps
 from engine.report import progress
@@ -66,7 +66,13 @@ class ReferenceCache:
             rows = [row + [math.nan] * (max(counts) - len(row)) for row in rows]
             logps = torch.tensor(rows, dtype=torch.float64)
             if rank() == 0:
-                write_checked(path, logps)
+                try:
+                    write_checked(path, logps)
+                except Exception as error:
+                    if not disk_fault(error):
+                        raise
+                    tqdm.write(f"reference  {self.folder} takes no more, {disk_fault(error).lower()}: its "
+                               "numbers are not kept for later runs")
         else:
             self.num_found += len(examples)
         for example, count, row in zip(examples, counts, logps.tolist()):

@@ -1,39 +1,42 @@
-"""What is on disk, and how does it stay whole? A run's folder: its records and its checkpoints."""
+"""What does a checkpoint hold, and when may a run go on from it?"""
 
+import base64
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
-import importlib.metadata
+import glob
+import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-import subprocess
 import sys
 import warnings
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from engine import InputError, first_line
-from engine.config import (ROOT, Dumper, as_namespace, check_changes, check_config, flatten, read_schema,
-                           read_yaml)
-from engine.distributed import (TIMEOUT, check_devices, copy_full, from_first, full_state_dict, full_tensor,
+from engine.config import (PATHS, as_flat, as_namespace, check_changes, check_config, check_kept, flatten,
+                           read_schema, read_yaml)
+from engine.distributed import (TIMEOUT, check_devices, copy_full, from_all, full_state_dict, full_tensor,
                                 num_ranks, raise_on_all_ranks, rank, wait_for_all)
+from engine.folder import (RunFolder, complete_folder, digests, find_fault, point, read_provenance, writing)
 from engine.lora import AdaptersOff, adapted_layers, base_of, base_path, is_adapter, save_adapter
 from engine.models import check_optimizer, load_adapted, make_optimizer
 from engine.objectives import check_table
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process needs none
+FORMAT = 2
 COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
 FINGERPRINTS = ("data", "tokens", "reference", "reward_model", "base")  # which a resumed run finds again
 
 
-# ---------------------------------------------------------------- a run's folder, and nobody else in it
+# ---------------------------------------------------------------- which run goes on, and nobody else in it
 
 
 def load_config(given: dict, objectives: dict, datasets: dict):
@@ -46,12 +49,18 @@ def load_config(given: dict, objectives: dict, datasets: dict):
     if config.resume or not config.dry_run:  # a dry run from step 0 needs no folder
         checkpoint = find_checkpoint(config.run_dir, config.resume)
     if checkpoint:
+        if os.environ.get("RANK", "0") == "0":
+            check_whole(checkpoint)
         _, rules = read_schema()
         own = flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
         before, run_dir = as_namespace(own, datasets), config.run_dir
         config = as_namespace(own | given, datasets)
         config.run_dir = run_dir  # the folder may have been moved
-        check_changes(before, config, given, bool(objectives[before.loss].self_play))
+        self_play = bool(objectives[before.loss].self_play)
+        check_kept(own, read_state(checkpoint)["config"], before.lr_schedule, self_play)
+        check_changes(before, config, given, self_play)
+    for key in PATHS if os.environ.get("RANK", "0") == "0" else ():
+        check_model(key, getattr(config, key))
     check_table(objectives, read_schema()[0])
     check_config(config, objectives)
     check_devices(config)
@@ -61,33 +70,73 @@ def load_config(given: dict, objectives: dict, datasets: dict):
 
 def find_checkpoint(run_dir: str, resume: bool | str) -> str | None:
     """The checkpoint to go on from, or None for a fresh run. Raises InputError if that is not possible."""
-    latest = os.path.join(run_dir, "LATEST")
+    latest, steps = os.path.join(run_dir, "LATEST"), checkpoints_of(run_dir)
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     traces = [name for name in names if re.fullmatch(r"config\.yaml|metrics\.jsonl|LATEST|step-\d+", name)]
     if resume is False and traces:
         how = "go on with it by resume=true" if "LATEST" in names else "start it over by resume=auto"
+        how = "go on with it by resume=auto" if steps and "LATEST" not in names else how
         raise InputError(f"{run_dir} holds a run already: {how}, or choose another exp_name or run_dir")
-    if resume is True and not os.path.lexists(latest):
+    if isinstance(resume, str) and resume != "auto":
+        if resume not in map(os.path.basename, steps):
+            has = ", ".join(map(os.path.basename, steps)) or "none"
+            raise InputError(f"resume={resume}: {run_dir} has no such checkpoint, it has {has}")
+        return os.path.join(run_dir, resume)
+    if os.path.isdir(latest) and not os.path.islink(latest):
+        raise InputError(f"{latest} is a folder and no link, as in a copy without links: remove it, and "
+                         "resume=auto goes on from the newest checkpoint")
+    if resume and os.path.islink(latest):
+        path = os.path.realpath(latest)
+        if path not in steps:
+            raise InputError(f"{latest} points to {os.readlink(latest)}, which is no checkpoint of this run: "
+                             "remove it, and resume=auto goes on from the newest one")
+        return path
+    if resume is True and steps:
+        raise InputError(f"{run_dir} has no LATEST: resume=auto goes on from the newest checkpoint")
+    if resume is True:
         raise InputError(f"{run_dir} has no complete checkpoint to resume; resume=auto starts at step 0")
-    if resume is False or not os.path.lexists(latest):
-        if "config.yaml" in names and not read_provenance(os.path.join(run_dir, "config.yaml")):
-            raise InputError(f"{run_dir} has a config.yaml that no run wrote: choose another run_dir")
-        return None
-    read_state(os.path.realpath(latest))
-    return os.path.realpath(latest)
+    if resume and steps:
+        whole = next((path for path in steps if not fault_of(path)), None)
+        if whole:
+            return whole
+        raise InputError(f"{run_dir} has checkpoints, but none is whole, {fault_of(steps[0])}: move them "
+                         "aside to start over")
+    if "config.yaml" in names and not read_provenance(os.path.join(run_dir, "config.yaml")):
+        raise InputError(f"{run_dir} has a config.yaml that no run wrote: choose another run_dir")
+    return None
+
+
+def checkpoints_of(run_dir) -> list[str]:
+    """Paths of a run's checkpoints, the newest first."""
+    names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
+    names = [name for name in names if re.fullmatch(r"step-\d+", name)]
+    return [os.path.join(run_dir, name) for name in sorted(names, key=lambda name: -int(name[5:]))]
+
+
+@contextlib.contextmanager
+def lock_folder(run_dir, resume, checkpoint):
+    """Makes the run's folder and keeps other processes out of it meanwhile; what its disk does not take ends
+    in one sentence. Raises InputError where another process has it, or has written there since `checkpoint`
+    was found, and where something in it leads elsewhere."""
+    with writing(run_dir), take_lock(run_dir, resume, checkpoint):
+        yield
 
 
 @raise_on_all_ranks
-def lock_folder(run_dir, resume, checkpoint):
-    """Makes the run's folder and keeps other processes out of it until this one ends, however it ends.
-
-    Returns the lock, which its `with` releases; the first rank's is that of all. Raises InputError where
-    another process has it, or has written there since `checkpoint` was found.
-    """
+def take_lock(run_dir, resume, checkpoint):
+    """The lock, of the first rank for all; its `with` releases it, as does the end of the process."""
     if rank() > 0:
         return contextlib.nullcontext()
-    os.makedirs(run_dir, exist_ok=True)
-    lock = open(os.path.join(run_dir, ".lock"), "w")
+    with writing(run_dir):
+        os.makedirs(run_dir, exist_ok=True)
+        for entry in os.scandir(run_dir):
+            is_own = entry.name in ("LATEST", "merged", ".LATEST", ".merged") and entry.is_symlink()
+            kinds = entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False), is_own
+            if not any(kinds):
+                kind = "a link" if entry.is_symlink() else "no file"
+                raise InputError(f"{entry.path} is {kind}, and a run writes to files of its own folder "
+                                 "alone: put a file there, or choose another run_dir")
+        lock = open(os.path.join(run_dir, ".lock"), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -96,114 +145,15 @@ def lock_folder(run_dir, resume, checkpoint):
     if find_checkpoint(run_dir, resume) != checkpoint:
         lock.close()
         raise InputError(f"another process has written to {run_dir} meanwhile: start again")
+    if checkpoint and os.path.realpath(os.path.join(run_dir, "LATEST")) != checkpoint:
+        print(f"resume     from {os.path.basename(checkpoint)}, which is LATEST from here on")
+        point(run_dir, "LATEST", os.path.basename(checkpoint))
+        for path in checkpoints_of(run_dir):
+            if path > checkpoint:
+                aside = next(f"{path}.{n}" for n in range(1, 10**6) if not os.path.lexists(f"{path}.{n}"))
+                os.rename(path, aside)
+                print(f"resume     {path} is kept as {os.path.basename(aside)}")
     return lock
-
-
-# ---------------------------------------------------------------- records
-
-
-class RunFolder:
-    """A run's settings and files of JSON lines, which the first rank writes; wandb gets the same numbers."""
-
-    def __init__(self, run_dir):
-        self.run_dir, self.wandb = run_dir, None
-
-    @raise_on_all_ranks
-    def start(self, config, resumed_at=None):
-        """Starts wandb, writes config.yaml with the code's version. resumed_at: the step it goes on from."""
-        if rank() > 0:
-            return
-        packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-        code = {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
-                "versions": {name: importlib.metadata.version(name) for name in packages}}
-        provenance = {"run_id": secrets.token_hex(6), **code, "resumed": []}
-        path = self.path("config.yaml")
-        if resumed_at is not None:  # what the run began with stays
-            provenance |= read_provenance(path)
-            provenance["resumed"].append({"step": resumed_at, **code})
-        settings = vars(config) | {"provenance": provenance}
-        self.start_wandb(config, settings)
-        with open(path + ".partial", "w", encoding="utf-8") as file:
-            yaml.dump(settings, file, Dumper, sort_keys=False, allow_unicode=True)
-        os.replace(path + ".partial", path)
-
-    def start_wandb(self, config, settings):
-        if config.wandb == "disabled":
-            return
-        import wandb
-        try:
-            self.wandb = wandb.init(
-                project=config.wandb_project, name=config.exp_name, mode=config.wandb, dir=self.run_dir,
-                id=settings["provenance"]["run_id"], resume="allow", config=settings)
-        except wandb.errors.Error as error:
-            raise InputError(f"wandb={config.wandb} does not start: {first_line(error)}") from error
-        self.wandb.define_metric("*", step_metric="step")
-
-    def close(self):
-        if self.wandb:
-            self.wandb.finish()
-
-    def log(self, place: dict, metrics: dict):
-        """One line in metrics.jsonl. In wandb the names of an evaluation's metrics begin with eval/."""
-        self.write("metrics.jsonl", [place | metrics])
-        if self.wandb:
-            prefix = "eval/" if place["split"] == "eval" else ""
-            metrics = {prefix + name: value for name, value in metrics.items()}
-            self.wandb.log({"step": place["step"], **metrics})
-
-    def log_samples(self, step: int, records: list[dict]):
-        self.write("samples.jsonl", [{"step": step, **record} for record in records])
-        if self.wandb and records:
-            import wandb
-            table = wandb.Table(columns=list(records[0]), data=[list(record.values()) for record in records])
-            self.wandb.log({"step": step, "eval/samples": table})
-
-    def path(self, name):
-        return os.path.join(self.run_dir, name)
-
-    def lines(self, name) -> list[dict]:
-        """The records in a file of JSON lines; none where it is absent."""
-        if not os.path.exists(self.path(name)):
-            return []
-        with open(self.path(name), encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-
-    def write(self, name, records):
-        """Adds records to a file of JSON lines."""
-        if rank() > 0:
-            return
-        with open(self.path(name), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-    def rewind(self, name, keep) -> list[dict]:
-        """Leaves those records in a file of JSON lines that `keep` accepts; returns them, on all ranks."""
-        return from_first(rewind_jsonl(self.path(name), keep) if rank() == 0 else None)
-
-    def clear_partial(self):
-        """Deletes what an interrupted save left."""
-        for name in os.listdir(self.run_dir) if rank() == 0 else ():
-            if re.fullmatch(r"\.(step-\d+|reference|base|merged-\d+)\.partial", name):
-                shutil.rmtree(self.path(name))
-
-    def sync(self):
-        """Waits until all records are on the disk."""
-        for name in os.listdir(self.run_dir) if rank() == 0 else ():
-            if name.endswith(".jsonl"):
-                sync(self.path(name))
-
-
-def read_provenance(path):
-    """What a run's config.yaml says of the code that it began with; none if it is not a run's."""
-    return read_yaml(path, provenance=True).get("provenance") or {}
-
-
-def git(*arguments):
-    """What git prints in this clone, or None where there is neither."""
-    try:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 # ---------------------------------------------------------------- saving
@@ -214,19 +164,19 @@ class Checkpoints:
 
         step-000040/         the model and its tokenizer, a whole Hugging Face folder; or peft's of adapters
           trainer_state/
-            state.json       COUNTERS and FINGERPRINTS
-            rng.pt           random state
-            optimizer/       what the optimizer remembers: each rank's share, by torch.distributed.checkpoint
+            state.json       COUNTERS, FINGERPRINTS, the settings, the random state; and the size and sha256
+                             of every other file here, of the records so far, and of itself
+            optimizer/       what the optimizer remembers: each rank's share, in safetensors
             reference.safetensors  a reference that moves by itself
 
     form: the policy without weights, a meta_copy; it writes the model's own configurations, of which sampling
-    exchanges the policy's for generation. keep: how many checkpoints stay, or None.
+    exchanges the policy's for generation.
     """
 
-    def __init__(self, folder: RunFolder, form, tokenizer, keep, async_save):
-        self.folder, self.form, self.tokenizer, self.keep = folder, form, tokenizer, keep
+    def __init__(self, folder: RunFolder, form, tokenizer, config):
+        self.folder, self.form, self.tokenizer, self.config = folder, form, tokenizer, config
         self.in_progress = self.thread = self.group = None
-        if async_save:
+        if config.async_save:
             self.thread = concurrent.futures.ThreadPoolExecutor(1)
             self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if num_ranks() > 1 else None
 
@@ -237,17 +187,21 @@ class Checkpoints:
         """
         self.finish()
         self.folder.sync()
-        rng = {"cpu": torch.get_rng_state(),  # of several ranks none looks at the others' GPUs
-               "cuda": torch.cuda.get_rng_state_all() if num_ranks() == 1 else []}
+        rng = [torch.get_rng_state(),  # of several ranks none looks at the others' GPUs
+               *(torch.cuda.get_rng_state_all() if num_ranks() == 1 else [])]
+        state = {"format": FORMAT, **state, "config": as_flat(self.config),
+                 "base_dtype": str(self.form.dtype),
+                 "random": [base64.b64encode(x.numpy().tobytes()).decode() for x in rng],
+                 "records": self.folder.digests(state["iteration"]) if rank() == 0 else None}
         weights = full_state_dict(policy, self.thread is not None, learning=bool(adapted_layers(policy)))
         optimizer = optimizer_state(policy, optimizer)
         moved = moved and {name: full_tensor(x.detach()).to("cpu", copy=True)
                            for name, x in moved.named_parameters()}
         if self.thread is None:
-            self.write(state, rng, weights, optimizer, spared, moved)
+            self.write(state, weights, optimizer, spared, moved)
             return
         optimizer = {k: x.to("cpu", copy=True) if torch.is_tensor(x) else x for k, x in optimizer.items()}
-        self.in_progress = self.thread.submit(self.write, state, rng, weights, optimizer, spared, moved)
+        self.in_progress = self.thread.submit(self.write, state, weights, optimizer, spared, moved)
 
     def check(self):
         """Raises what went wrong with a checkpoint that was written meanwhile."""
@@ -260,7 +214,7 @@ class Checkpoints:
             self.in_progress.result()
             self.in_progress = None
 
-    def write(self, state, rng, weights, optimizer, spared, moved=None):
+    def write(self, state, weights, optimizer, spared, moved=None):
         """Writes it whole beside its final name, renames it, and only then moves LATEST to it.
 
         All ranks write their shares of the optimizer's state, the first what else there is.
@@ -275,13 +229,27 @@ class Checkpoints:
                     self.form.save_pretrained(partial, state_dict=weights)
                 self.tokenizer.save_pretrained(partial)
                 os.makedirs(beside, exist_ok=True)  # others may have begun
-                torch.save(rng, os.path.join(beside, "rng.pt"))
                 if moved:
                     save_file(moved, os.path.join(beside, "reference.safetensors"))
-                with open(os.path.join(beside, "state.json"), "w") as file:
-                    json.dump(state | {"base_dtype": str(self.form.dtype)}, file)
-            dcp.save(optimizer | {"step": state["step"]}, checkpoint_id=os.path.join(beside, "optimizer"),
-                     process_group=self.group, no_dist=num_ranks() == 1)
+            tensors = {name: x for name, x in optimizer.items() if torch.is_tensor(x)}
+            if tensors:
+                writer = HuggingFaceStorageWriter(os.path.join(beside, "optimizer"), save_distributed=True)
+                try:
+                    dcp.save(tensors, storage_writer=writer, process_group=self.group,
+                             no_dist=num_ranks() == 1)
+                except dcp.CheckpointException as error:  # which is no Exception
+                    raise next(iter(error.failures.values()))[0] from error
+            # Each rank hashes its share of the optimizer's state, the first what else there is.
+            own = f"trainer_state/optimizer/shard-{rank() + 1:05d}*"
+            names = glob.glob(own, root_dir=partial)
+            if rank() == 0:
+                found = glob.glob("**", root_dir=partial, recursive=True, include_hidden=True)
+                names += [x for x in found if os.path.isfile(os.path.join(partial, x)) and "/shard-" not in x]
+            files = from_all(digests(partial, names), self.group)
+            if rank() == 0:
+                scalars = {name: x for name, x in optimizer.items() if not torch.is_tensor(x)}
+                write_state(beside, state | {"optimizer": scalars, "files": {
+                    name: digest for part in files for name, digest in part.items()}})
         if rank() == 0:
             point(self.folder.run_dir, "LATEST", name)
             self.discard(state["step"], spared)
@@ -291,7 +259,7 @@ class Checkpoints:
         """Deletes all but the newest checkpoints."""
         names = [name for name in os.listdir(self.folder.run_dir) if re.fullmatch(r"step-\d+", name)]
         steps = sorted(step for step in (int(name[5:]) for name in names) if step <= newest)
-        for step in steps[:-self.keep] if self.keep else []:
+        for step in steps[:-self.config.keep_checkpoints] if self.config.keep_checkpoints else []:
             if step != spared:
                 name = f"step-{step:06d}"
                 discarded = self.folder.path(f".{name}.partial")
@@ -322,63 +290,6 @@ def optimizer_state(model, optimizer) -> dict:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {f"{names[parameter]}.{key}": value for parameter, state in optimizer.state.items()
             for key, value in state.items() if value is not None}
-
-
-@contextlib.contextmanager
-def complete_folder(final, group=None):
-    """Gives a folder for all ranks to fill, which takes its final name only when all in it is on the disk."""
-    partial = os.path.join(os.path.dirname(final), f".{os.path.basename(final)}.partial")
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-    wait_for_all(group)
-    yield partial
-    wait_for_all(group)
-    if rank() > 0:
-        return
-    for folder, _, files in os.walk(partial, topdown=False):
-        for path in [*(os.path.join(folder, name) for name in files), folder]:
-            sync(path)
-    shutil.rmtree(final, ignore_errors=True)  # what a crash left between this rename and that of LATEST
-    os.rename(partial, final)
-    sync(os.path.dirname(final))
-
-
-def point(run_dir, link, name):
-    """Makes a link in a run's folder, LATEST or merged, point to another folder there."""
-    temporary = os.path.join(run_dir, f".{link}")
-    if os.path.lexists(temporary):
-        os.remove(temporary)
-    os.symlink(name, temporary)
-    os.replace(temporary, os.path.join(run_dir, link))
-    sync(run_dir)
-
-
-def rewind_jsonl(path, keep):
-    """Rewrites a file of JSON lines with those that `keep` accepts and returns them; a torn line goes too."""
-    if not os.path.exists(path):
-        return []
-    kept = []
-    with open(path, "rb") as file:  # bytes: a crash can tear a character
-        for line in file:
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if line.endswith(b"\n") and isinstance(record, dict) and keep(record):
-                    kept.append((line, record))
-    with open(path + ".partial", "wb") as file:
-        file.writelines(line for line, _ in kept)
-    sync(path + ".partial")
-    os.replace(path + ".partial", path)
-    return [record for _, record in kept]
-
-
-def sync(path):
-    """Waits until a file or folder is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 # ---------------------------------------------------------------- reading it back
@@ -420,29 +331,90 @@ def reference_path(config, in_stages: bool, checkpoint: str | None) -> str | Non
     return os.path.join(config.run_dir, "reference") if path == "tiny" and checkpoint else path
 
 
-def read_state(checkpoint: str) -> dict:
-    """Counters and fingerprints of a checkpoint. Raises InputError if the folder is not whole."""
-    needed = ("config.json", "trainer_state/state.json", "trainer_state/rng.pt",
-              "trainer_state/optimizer/.metadata")
-    absent = [name for name in needed if not os.path.isfile(os.path.join(checkpoint, name))]
-    names = os.listdir(checkpoint) if os.path.isdir(checkpoint) else []
-    if not any(name.endswith(".safetensors") for name in names):
-        absent.append("model.safetensors")
-    if absent:
-        raise InputError(f"checkpoint {checkpoint} is incomplete, it lacks {', '.join(absent)}: "
-                         "point LATEST at a whole one, or start a new run")
+def write_state(folder, state):
+    """state.json, with a hash of its own text."""
+    text = json.dumps(state)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with open(os.path.join(folder, "state.json"), "w") as file:
+        file.write(f'{text[:-1]}, "sha256": "{digest}"}}')
+
+
+def parse_state(checkpoint) -> dict:
+    """What state.json says. Raises InputError where it is not what was written, or is older code's."""
+    name = "trainer_state/state.json"
     try:
-        with open(os.path.join(checkpoint, "trainer_state", "state.json")) as file:
-            later = dict.fromkeys(("reward_model", "tokens", "began", "opponent", "base", "base_dtype"))
-            state = dict.fromkeys(COUNTERS[2:], 0) | later | {"state": {}, "measured": {}} | json.load(file)
-        if not all(str(state[name] or "2-").startswith("2-") for name in ("reference", "reward_model")):
-            raise InputError(f"checkpoint {checkpoint} is of code before 2026-11-26, which hashed models in "
-                             "another way: finish the run with that, or begin one with model= this folder")
-        return {name: state[name] for name in (*COUNTERS, *FINGERPRINTS, "began", "opponent", "state",
-                                                "measured", "base_dtype")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"checkpoint {checkpoint} is damaged, its state.json is not whole: point LATEST at "
-                         "another one, or start a new run") from error
+        with open(os.path.join(checkpoint, name), encoding="utf-8") as file:
+            state = json.load(file)
+        is_old = state.get("format") != FORMAT
+        digest = state.pop("sha256", None)
+        is_own = hashlib.sha256(json.dumps(state).encode()).hexdigest() == digest
+        fault = None if is_own else "not what was saved"
+    except (ValueError, AttributeError):
+        is_old, fault = False, "not what was saved"
+    except OSError as error:
+        is_old, fault = False, "missing" if error.errno == errno.ENOENT else error.strerror
+    if is_old:
+        raise InputError(f"checkpoint {checkpoint} is of code before 2026-11-27, which wrote another format: "
+                         "finish the run with that, or begin one with model= this folder")
+    if fault:
+        raise InputError(f"checkpoint {checkpoint} is damaged, {name} is {fault}")
+    return state
+
+
+def read_state(checkpoint: str) -> dict:
+    """The same, of a checkpoint in its run. Raises InputError also where its counters cannot be."""
+    state = parse_state(checkpoint)
+    step, counters = state["step"], [state[name] for name in COUNTERS]
+    fits = all(type(x) is int for x in counters) and (
+        os.path.basename(os.path.realpath(checkpoint)) == f"step-{step:06d}")
+    if not (fits and step <= state["examples"] <= step * state["config"]["batch_size"]):
+        raise InputError(f"checkpoint {checkpoint} is damaged, trainer_state/state.json is another step's")
+    return state
+
+
+def check_model(key, path):
+    """Raises InputError where a model to begin from is a checkpoint that says what it holds, and holds other
+    files."""
+    if not (path and os.path.isfile(os.path.join(path, "trainer_state", "state.json"))):
+        return
+    try:
+        files = parse_state(path)["files"]
+    except InputError as error:
+        if "is of code before" in str(error):
+            return
+        raise
+    if fault := find_fault(path, {name: x for name, x in files.items() if name[:14] != "trainer_state/"}):
+        raise InputError(f"{key}={path} is damaged, {fault}: put it back, or delete its trainer_state to "
+                         "take it as it is")
+
+
+def fault_of(checkpoint) -> str | None:
+    """What is wrong with a checkpoint, or with the records up to it; None: every file is what was saved."""
+    try:
+        state = read_state(checkpoint)
+    except InputError as error:
+        return str(error)
+    found = glob.glob("**", root_dir=checkpoint, recursive=True, include_hidden=True)
+    known = {*state["files"], "trainer_state/state.json"}
+    more = sorted(x for x in found if x not in known and not os.path.isdir(os.path.join(checkpoint, x)))
+    fault = find_fault(checkpoint, state["files"]) or (more and f"{more[0]} was not saved with it")
+    if fault:
+        return f"checkpoint {checkpoint} is damaged, {fault}"
+    if fault := find_fault(os.path.dirname(checkpoint), state["records"], growing=True):
+        return f"the records up to checkpoint {checkpoint} are damaged, {fault}"
+
+
+def check_whole(checkpoint):
+    """Raises InputError, naming an older checkpoint that is whole, if this one is not."""
+    if not (fault := fault_of(checkpoint)):
+        return
+    if "is of code before" in fault:
+        raise InputError(fault)
+    steps = checkpoints_of(os.path.dirname(checkpoint))
+    older = next((path for path in steps if path < checkpoint and not fault_of(path)), None)
+    raise InputError(f"{fault}: " + (
+        f"resume={os.path.basename(older)} goes on from the newest that is whole" if older else
+        "put it back, or start a new run, for no older one is whole"))
 
 
 def read_began(checkpoint: str | None) -> str | None:
@@ -452,36 +424,44 @@ def read_began(checkpoint: str | None) -> str | None:
 
 def restore_state(checkpoint, step, policy, optimizer, config, moved=None):
     """Puts back the random state, what the optimizer remembered and, into `moved`, a reference that moves.
-    Raises InputError if it is damaged."""
-    folder = os.path.join(checkpoint, "trainer_state")
+    Raises InputError if they do not fit."""
+    folder, state = os.path.join(checkpoint, "trainer_state"), read_state(checkpoint)
     try:
-        rng = torch.load(os.path.join(folder, "rng.pt"), map_location="cpu")
-        if step > 0:
-            restore_optimizer(os.path.join(folder, "optimizer"), policy, optimizer, config)
+        restore_optimizer(os.path.join(folder, "optimizer"), state["optimizer"], policy, optimizer, config)
         if moved:
             kept = load_file(os.path.join(folder, "reference.safetensors"))
             for name, x in moved.named_parameters():
                 copy_full(x, kept[name])
+        cpu, *cuda = (torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+                      for text in state["random"])
+        torch.set_rng_state(cpu)
     except (Exception, dcp.CheckpointException) as error:  # which is no Exception
-        raise InputError(f"checkpoint {checkpoint} is damaged, its trainer_state cannot be read: "
+        raise InputError(f"checkpoint {checkpoint} does not fit this run, its trainer_state cannot be read: "
                          f"{first_line(error)}") from error
-    torch.set_rng_state(rng["cpu"])
-    if num_ranks() == 1 and len(rng["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(rng["cuda"])
+    if num_ranks() == 1 and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
 
 
-def restore_optimizer(folder, policy, optimizer, config):
-    """Reads into the optimizer what it remembered, of which each rank takes its share."""
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
+def restore_optimizer(folder, scalars, policy, optimizer, config):
+    """Reads into the optimizer what it remembered, of which each rank takes its share. A weight that never
+    had a gradient has nothing."""
+    reader = HuggingFaceStorageReader(folder)
+    kept = {*scalars, *(reader.read_metadata().state_dict_metadata if os.path.isdir(folder) else ())}
+    stepped = {name.rpartition(".")[0] for name in kept}
+    names = dict(policy.named_parameters())
+    for p in (names[name] for name in sorted(stepped)):
         twin = torch.nn.Parameter(torch.zeros_like(p))
         twin.grad = torch.zeros_like(p)
         like = make_optimizer([twin], config)
         like.step()  # which makes a state of the right form
         optimizer.state[p] = like.state[twin]
     state = optimizer_state(policy, optimizer)
-    dcp.load(state, checkpoint_id=folder, no_dist=num_ranks() == 1)  # in place
-    names = dict(policy.named_parameters())
-    for name, value in state.items():
+    if state.keys() != kept:
+        raise ValueError(f"of {len(kept)} things that the optimizer remembers it asks for {len(state)}")
+    tensors = {name: x for name, x in state.items() if torch.is_tensor(x)}
+    if tensors:
+        dcp.load(tensors, storage_reader=reader, no_dist=num_ranks() == 1)  # in place
+    for name, value in (tensors | scalars).items():
         weight, _, key = name.rpartition(".")
         optimizer.state[names[weight]][key] = value
 

@@ -19,7 +19,7 @@ PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a 
 FIELD = re.compile(r"\{([^{}]+)\}")  # in a prompt_template
 FORMER = {"attribute_template": "prompt_template"}
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
-    "exp_name|run_dir|resume|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
+    "exp_name|run_dir|resume|trust_remote_code|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
     r"activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|dry_run|world_size")
 
@@ -98,7 +98,8 @@ def read_yaml(path, provenance=False):
         raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
     if not isinstance(settings, dict):
         raise InputError(f"config file {path} holds {type(settings).__name__}, not keys with values")
-    own = () if provenance or "provenance" not in settings else ("provenance", "run_dir", "resume")
+    own = () if provenance or "provenance" not in settings else (
+        "provenance", "run_dir", "resume", "trust_remote_code")  # to run code nobody else can allow
     return {key: value for key, value in settings.items() if key not in own}
 
 
@@ -190,6 +191,15 @@ def as_namespace(flat, datasets):
     return config
 
 
+def as_flat(config):
+    """{dotted key: value} of a config."""
+    flat = {}
+    for key, value in vars(config).items():
+        is_block = isinstance(value, dict) and key not in read_schema()[1]
+        flat |= {f"{key}.{name}": x for name, x in value.items()} if is_block else {key: value}
+    return flat
+
+
 def as_list(value):
     return [] if value is None else [value] if isinstance(value, str) else value
 
@@ -279,13 +289,29 @@ def check_folders(config):
                          "choose another run_dir or exp_name")
 
 
+def may_change(key, lr_schedule, self_play):
+    """Whether a resumed run may have another value of a key."""
+    free = ("num_epochs", "max_steps") if lr_schedule == "constant" else ()
+    return bool(MAY_CHANGE.fullmatch(key)) or key in (free[1:] if self_play else free)  # iterations are over
+
+
+def check_kept(own, kept, lr_schedule, self_play):
+    """Raises InputError where a run's config.yaml is not what the run was saved with.
+
+    own, kept: {dotted key: value}, of which the file may lack what has come to the schema since.
+    """
+    for key, value in kept.items():
+        if not may_change(key, lr_schedule, self_play) and (key not in own or own[key] != value):
+            found = f"is {own[key]!r} in it" if key in own else "is missing in it"
+            raise InputError(f"config.yaml is not what the run began with, {key} {found} and was {value!r}: "
+                             "put it back")
+
+
 def check_changes(before, after, given, self_play):
     """Raises InputError if the settings given to a resumed run change what must stay."""
-    free = ("num_epochs", "max_steps") if before.lr_schedule == "constant" else ()
-    free = free[1:] if self_play else free  # earlier iterations are over
     for key in given:
         block, _, name = key.rpartition(".")
         old, new = (vars(config)[block][name] if block else vars(config)[key] for config in (before, after))
-        if old != new and not MAY_CHANGE.fullmatch(key) and key not in free:
+        if old != new and not may_change(key, before.lr_schedule, self_play):
             raise InputError(f"{key} was {old} when this run began and cannot become {new}: leave it out, or "
                              "start a new run with another exp_name")

@@ -67,11 +67,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
 
 
-def from_all(value) -> list:
+def from_all(value, group=None) -> list:
     """Every rank's value, on all of them."""
     values = [value] * num_ranks()
     if num_ranks() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 

@@ -105,7 +105,8 @@ def notes_of(config, run_data):
     path = os.path.join(config.model, "trainer_state", "state.json")
     if os.path.isfile(path):
         with open(path) as file:
-            before = json.load(file).get("prompt_template", config.prompt_template)
+            state = json.load(file)
+        before = state.get("config", state).get("prompt_template", config.prompt_template)
         if before != config.prompt_template:
             yield f"the model was trained with prompt_template={before!r}, and this run has another"
 

@@ -18,9 +18,9 @@ from transformers import (GenerationConfig, LogitsProcessor, PreTrainedModel, To
 
 from engine import InputError
 from engine.batches import Batcher, Example, stream
-from engine.checkpoints import RunFolder
 from engine.distributed import (device, from_all, from_first, num_ranks, raise_on_all_ranks, rank, unsharded,
                                 wait_for_all)
+from engine.folder import RunFolder
 from engine.forward import (autocast, in_any_order, read_tokens, response_logps, response_scores,
                             sum_over_responses, token_kls)
 from engine.lora import as_asked
@@ -281,7 +281,7 @@ class SelfPlay:
                 {"row": row, "where": example.where, "prompt": self.data.tokenizer.decode(example.prompt),
                  "ids": example.prompt.tolist(), "max_tokens": limit, "seed": seed, **sampling, "key": key}
                 for row, (example, limit, seed) in enumerate(zip(examples, limits, seeds))])
-        known = {line["row"] for line in self.folder.rewind(name, lambda line: line.get("key") == key)}
+        known = {line["row"] for line in self.folder.rewind(name, lambda line: is_sealed(line, key))}
         tqdm.write(f"iteration {iteration}: answering {len(examples):,} prompts, {len(known):,} in {name}")
         for rows, answers in draw(prompts, limits, seeds, known=known):
             if known.intersection(rows):  # of a batch that was written in part all is written again
@@ -289,7 +289,7 @@ class SelfPlay:
             self.folder.write(name, [
                 {"row": row, "where": examples[row].where, "prompt": self.data.tokenizer.decode(prompts[row]),
                  "response": self.sampler.text(ids), "finished": self.sampler.is_finished(ids), "ids": ids,
-                 "key": key}
+                 "key": seal(key, row, ids)}
                 for row, ids in zip(rows, answers)])
         return True
 
@@ -365,7 +365,7 @@ class SelfPlay:
         size = self.data.model_config.get_text_config().vocab_size
         try:
             answers = [(line["row"], line["ids"]) for line in self.folder.lines(name)
-                       if key is None or line.get("key", key) == key]
+                       if key is None or line.get("key", key) == key or is_sealed(line, key)]
             is_whole = sorted(row for row, _ in answers) == list(range(count)) and all(
                 ids and all(type(x) is int and 0 <= x < size for x in ids) for _, ids in answers)
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -375,3 +375,12 @@ class SelfPlay:
                              "answers that this run needs, with ids of its vocabulary: put it back, or start "
                              "a new run")
         return dict(answers)
+
+
+def seal(key, row, ids) -> str:
+    """Stands in an answer: whose it is, and that it is as it was written."""
+    return hashlib.sha256(f"{key} {row} {ids}".encode()).hexdigest()[:16]
+
+
+def is_sealed(line, key):
+    return line.get("key") == seal(key, line.get("row"), line.get("ids"))

@@ -14,6 +14,7 @@ SHARED = os.path.join(os.path.dirname(ROOT), "shared")
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import re
 import shutil
@@ -277,6 +278,25 @@ def numbers(folder):
     """The lines of metrics.jsonl without what no two runs share."""
     return [{name: value for name, value in line.items() if name not in UNREPEATABLE}
             for line in read_lines(f"{folder}/metrics.jsonl")]
+
+
+def copy_model(folder, to):
+    """A checkpoint as a model alone, which may be changed."""
+    shutil.copytree(os.path.realpath(folder), to)
+    shutil.rmtree(f"{to}/trainer_state")
+
+
+def hash_again(checkpoint, state=None):
+    """As somebody would who changes a checkpoint and knows how: its files, or its state, as they are now."""
+    path = f"{checkpoint}/trainer_state/state.json"
+    state = state or json.load(open(path))
+    state = {name: x for name, x in state.items() if name != "sha256"}
+    for name in state["files"]:
+        content = open(f"{checkpoint}/{name}", "rb").read()
+        state["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    with open(path, "w") as file:
+        json.dump(state | {"sha256": digest}, file)
 
 
 def same_weights(a, b, name="LATEST"):

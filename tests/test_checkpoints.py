@@ -1,12 +1,19 @@
 """A run's folder is whole whenever it is looked at, and a run that goes on is the run that never stopped."""
 
+import base64
 import datetime
+import errno
 import fcntl
+import glob
+import hashlib
 import json
+import math
 import os
+import pickle
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,12 +21,11 @@ import types
 
 import pytest
 import torch
-from conftest import (FORTY, latest, losses_of, made_once, make_trainer, needed, num_lines, numbers,
-                      read_lines, same_weights, tiny_of, wait_for, write_bare_pairs, write_lines)
+from conftest import (FORTY, copy_model, hash_again, latest, losses_of, made_once, make_trainer, needed,
+                      num_lines, numbers, read_lines, same_weights, tiny_of, wait_for, write_bare_pairs, write_lines)
 from on_ranks import answers, begin, kill, on_ranks
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 import data
 import engine.checkpoints
@@ -65,7 +71,7 @@ def test_a_checkpoint_is_a_whole_hugging_face_folder(sft_run):
 
 def test_a_checkpoint_keeps_the_models_own_generation_config(sft_run, run):
     """Which sampling leaves aside, as its repetition penalty would change log-probabilities."""
-    shutil.copytree(f"{sft_run}/LATEST/", "model")
+    copy_model(f"{sft_run}/LATEST", "model")
     GenerationConfig(repetition_penalty=1.5, eos_token_id=[0, 1]).save_pretrained("model")
     folder = run(*RUN, "model=model", "max_steps=2", "eval_every=1")
     assert len(read_lines(f"{folder}/samples.jsonl")) == 6
@@ -80,11 +86,11 @@ def test_keep_checkpoints(run):
 
 
 def test_random_state_is_restored(r):
-    saved = torch.load(f"{r}/LATEST/trainer_state/rng.pt")["cpu"]
+    saved = base64.b64decode(read_state(os.path.realpath(f"{r}/LATEST"))["random"][0])
     torch.manual_seed(12345)
     given = read_arguments(["resume=true", f"run_dir={r}"])
     train.build_trainer(*load_config(given, OBJECTIVES, data.DATASETS))
-    assert torch.equal(torch.get_rng_state(), saved)
+    assert torch.get_rng_state().numpy().tobytes() == saved
 
 
 def test_an_optimizers_state_is_made_one_weight_at_a_time(r, monkeypatch):
@@ -101,20 +107,26 @@ def test_an_optimizers_state_is_made_one_weight_at_a_time(r, monkeypatch):
     assert made == [1] * len(weights) and all(trainer.optimizer.state[x]["step"] > 0 for x in weights)
 
 
-def test_what_state_json_may_lack(r, run):
-    """Fields that came later, as of self-play: a folder from before them goes on."""
+def test_a_checkpoint_says_what_it_holds(r):
+    """Each file and each record with its hash, where the run stands, and its settings; nothing is pickled."""
     path = f"{r}/LATEST/trainer_state/state.json"
-    state = json.load(open(path))
-    assert state == {"step": 3, "examples": 12, "iteration": 0, "first_step": 0, "first_examples": 0,
-                     "data": state["data"], "tokens": state["tokens"], "reference": None,
-                     "reward_model": None, "began": state["began"], "prompt_template": None,
-                     "opponent": None, "state": {}, "measured": {}, "base": None,
-                     "base_dtype": "torch.float32"}
+    text = open(path).read()
+    state = json.loads(text)
+    own = text[:text.index(', "sha256": "', -90)] + "}"
+    assert hashlib.sha256(own.encode()).hexdigest() == state["sha256"]
+    assert [state[name] for name in ("format", "step", "examples", "iteration", "reference", "base")] == [
+        2, 3, 12, 0, None, None]
     assert len(state["tokens"]) == 64 and datetime.date.fromisoformat(state["began"])
-    old = {name: state[name] for name in ("step", "examples", "data", "reference")}
-    json.dump(old, open(path, "w"))
-    run("resume=true", f"run_dir={r}", "max_steps=4")
-    assert latest(r) == 4 and [line["examples"] for line in numbers(r)] == [4, 8, 12, 16]
+    assert state["config"]["sft.average"] == "tokens" and state["config"]["max_steps"] == 3
+    found = {path.removeprefix(f"{r}/LATEST/") for path in read_all(f"{r}/LATEST/")}
+    found = {name.lstrip("/") for name in found}
+    assert found == {*state["files"], "trainer_state/state.json"}
+    assert {name.rpartition(".")[2] for name in found} == {"json", "safetensors"}
+    assert state["records"].keys() == {"metrics.jsonl"}
+    for folder, known in ((f"{r}/LATEST", state["files"]), (r, state["records"])):
+        for name, digest in known.items():
+            content = open(f"{folder}/{name}", "rb").read()
+            assert digest == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 # ---------------------------------------------------------------- going on
@@ -190,19 +202,268 @@ def test_resume_auto_starts_over_where_nothing_was_saved(run):
 # ---------------------------------------------------------------- what may not go on
 
 
-@pytest.mark.parametrize("name, content", [
-    ("rng.pt", b""), ("rng.pt", b"PK"), ("optimizer/.metadata", b""), ("optimizer/__0_0.distcp", b"PK"),
-    ("state.json", b"{}"), ("state.json", b"[]"), ("state.json", b'{"st')])
-def test_damaged_checkpoints_are_refused(name, content, r, refused):
-    with open(f"{r}/LATEST/trainer_state/{name}", "wb") as file:
-        file.write(content)
-    assert "is damaged" in refused("resume=true", f"run_dir={r}")
+class Mark:
+    """Unpickled, it leaves a mark."""
+
+    def __reduce__(self):
+        return os.mkdir, ("mark",)
 
 
-def test_resume_needs_a_whole_checkpoint(r, refused):
+def flip(content, other):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+
+
+FAULTS = {"flipped": flip, "cut": lambda content, other: content[:len(content) // 2],
+          "emptied": lambda content, other: b"", "deleted": None, "exchanged": lambda content, other: other,
+          "a pickle": lambda content, other: pickle.dumps(Mark())}
+
+
+@pytest.fixture(scope="session")
+def saved_twice(tmp_path_factory):
+    """The folder of a run with samples, and two checkpoints."""
+    return made_once(tmp_path_factory, "saved_twice", lambda folder: train.main(
+        [*RUN, "loss=dpo", "max_steps=4", "save_every=2", "eval_every=2", f"run_dir={folder}"]))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_damaged_file_is_used(fault, saved_twice, refused):
+    """Each of a checkpoint and the records up to it: a sentence names it, nothing is written, no code runs;
+    from the older checkpoint, which is named if its records are whole, the run goes on."""
+    shutil.copytree(saved_twice, "r", symlinks=True)
+    names = [name for name in glob.glob("**", root_dir="r/LATEST", recursive=True)
+             if os.path.isfile(f"r/LATEST/{name}")]
+    assert len(names) > 6
+    for name in [*(f"step-000004/{name}" for name in names), "metrics.jsonl", "samples.jsonl"]:
+        content, path = open(f"r/{name}", "rb").read(), f"r/{name}"
+        twin = open(path.replace("000004", "000002"), "rb").read() if "000004" in name else b'{"x": 1}\n'
+        if fault == "exchanged" and twin == content:
+            continue
+        os.remove(path)
+        if fault != "deleted":
+            with open(path, "wb") as file:
+                file.write(FAULTS[fault](content, twin))
+        before = read_all("r")
+        said = refused("resume=true", "run_dir=r", "max_steps=5")
+        assert name.removeprefix("step-000004/") in said and "damaged" in said, said
+        assert ("resume=step-000002 goes on" in said) == ("000004" in name), said
+        if "000004" in name and "trainer_state" not in name:
+            said = refused(*RUN, "model=r/LATEST", "exp_name=next")
+            assert name.removeprefix("step-000004/") in said and "damaged" in said, said
+        assert read_all("r") == before and not os.path.exists("mark")
+        with open(path, "wb") as file:
+            file.write(content)
+    assert refused("resume=true", "run_dir=r", "seed=1")  # whole again, it is read
+
+
+def read_all(folder):
+    paths = [f"{at}/{name}" for at, _, names in os.walk(folder) for name in names]
+    return {path: open(path, "rb").read() for path in paths}
+
+
+def test_an_older_checkpoint_goes_on(saved_twice, run, capsys):
+    """What stood after it is put aside or cut off, and all comes again."""
+    shutil.copytree(saved_twice, "r", symlinks=True)
+    os.truncate("r/LATEST/model.safetensors", 100)
+    with open("r/metrics.jsonl", "ab") as file:
+        file.write(b'{"x": 1}\n{"step": "three"}\n{"st')  # no records
+    run("resume=step-000002", "run_dir=r")
+    assert "from step-000002, which is LATEST from here on" in capsys.readouterr().out
+    assert same_weights("r", saved_twice) and numbers("r") == numbers(saved_twice)
+    assert read_lines("r/samples.jsonl") == read_lines(f"{saved_twice}/samples.jsonl")
+    assert os.path.getsize("r/step-000004.1/model.safetensors") == 100
+
+
+@pytest.mark.parametrize("resume, said", [
+    ("step-000003", "has no such checkpoint, it has step-000004, step-000002"),
+    ("step-2", "has no such checkpoint"), ("true", None), ("auto", None)])
+def test_which_checkpoint_goes_on(resume, said, saved_twice, run, refused):
+    """Without LATEST, a real folder in its place, or a link elsewhere: never from the start."""
+    shutil.copytree(saved_twice, "r", symlinks=True)
+    if said:
+        assert said in refused(f"resume={resume}", "run_dir=r")
+        return
+    settings = [f"resume={resume}", "run_dir=r", "max_steps=5"]
+    os.remove("r/LATEST")
+    os.symlink("/tmp", "r/LATEST")
+    assert "LATEST points to /tmp, which is no checkpoint of this run: remove it" in refused(*settings)
+    os.remove("r/LATEST")
+    shutil.copytree("r/step-000004", "r/LATEST")
+    assert "LATEST is a folder and no link, as in a copy without links: remove it" in refused(*settings)
+    shutil.rmtree("r/LATEST")
+    if resume == "true":
+        assert "has no LATEST: resume=auto goes on from the newest checkpoint" in refused(*settings)
+        return
+    assert "go on with it by resume=auto" in refused("run_dir=r")
+    os.truncate("r/step-000004/config.json", 5)  # the newest that is whole
+    run("resume=auto", "run_dir=r")
+    assert same_weights("r", saved_twice) and numbers("r") == numbers(saved_twice)
+    for step in (2, 4):
+        os.truncate(f"r/step-00000{step}/config.json", 5)
+    os.remove("r/LATEST")
+    assert "has checkpoints, but none is whole, checkpoint" in refused("resume=auto", "run_dir=r")
+
+
+def test_counters_that_cannot_be(r, refused):
+    """By somebody who hashed them again."""
+    path = f"{r}/LATEST/trainer_state/state.json"
+    state = json.load(open(path))
+    for change in ({"step": 4}, {"step": "3"}, {"examples": 13}, {"examples": 2}, {"step": 3.0}):
+        hash_again(f"{r}/LATEST", state | change)
+        assert "state.json is another step's" in refused("resume=true", f"run_dir={r}"), change
+    with open(path, "w") as file:
+        json.dump({"step": 3, "examples": 12}, file)
+    assert "is of code before 2026-11-27" in refused("resume=true", f"run_dir={r}")
+
+
+def test_a_config_that_was_edited(r, run, refused):
+    """What may not change is held to what the run was saved with; the rest is free."""
+    path = f"{r}/config.yaml"
+    text = open(path).read()
+    for old, new, said in (("seed: 0", "seed: 1", "seed is 1 in it and was 0"),
+                           ("  beta: 0.1", "  beta: 0.2", "dpo.beta is 0.2 in it and was 0.1"),
+                           ("batch_size: 4\n", "", "batch_size is missing in it and was 4")):
+        with open(path, "w") as file:
+            file.write(text.replace(old, new, 1))
+        assert said in refused("resume=true", f"run_dir={r}")
+    with open(path, "w") as file:
+        file.write(text.replace("log_every: 1", "log_every: 2") + "trust_remote_code: true\n" * 0)
+    run("resume=true", f"run_dir={r}", "max_steps=5")
+    kept = open(path).read()
+    assert "resume: false" in kept and "trust_remote_code: false" in kept and "log_every: 2" in kept
+
+
+def test_code_is_run_by_nobodys_leave_but_the_callers(r):
+    """A run's config.yaml cannot give it; the command line and a file of one's own can."""
+    with open(f"{r}/config.yaml") as file:
+        text = file.read().replace("trust_remote_code: false", "trust_remote_code: true")
+    with open(f"{r}/config.yaml", "w") as file:
+        file.write(text)
+    for more, leave in (([], False), (["trust_remote_code=true"], True)):
+        given = read_arguments(["resume=true", f"run_dir={r}", *more])
+        assert load_config(given, OBJECTIVES, data.DATASETS)[0].trust_remote_code is leave
+    assert "trust_remote_code" not in read_arguments(["--config", f"{r}/config.yaml"])
+
+
+def test_links_are_not_written_through(r, refused):
+    """Nor is anything else written to that is no file."""
+    shutil.copy(f"{r}/metrics.jsonl", "elsewhere.jsonl")
+    os.remove(f"{r}/metrics.jsonl")
+    os.symlink(os.path.abspath("elsewhere.jsonl"), f"{r}/metrics.jsonl")
+    before = open("elsewhere.jsonl").read()
+    assert "metrics.jsonl is a link, and a run writes to files of its own folder alone" in refused(
+        "resume=true", f"run_dir={r}", "max_steps=4")
+    assert open("elsewhere.jsonl").read() == before
+    os.remove(f"{r}/metrics.jsonl")
+    shutil.copy("elsewhere.jsonl", f"{r}/metrics.jsonl")
+    os.mkfifo(f"{r}/samples.jsonl")
+    assert "samples.jsonl is no file" in refused("resume=true", f"run_dir={r}", "max_steps=4")
+
+
+def test_resume_needs_a_checkpoint(refused):
     assert "has no complete checkpoint to resume" in refused("resume=true", "exp_name=nothing")
-    os.remove(f"{r}/LATEST/trainer_state/rng.pt")
-    assert "is incomplete, it lacks trainer_state/rng.pt" in refused("resume=auto", f"run_dir={r}")
+
+
+@pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW", "SGD"])
+def test_a_weight_that_never_had_a_gradient(optimizer, run, monkeypatch):
+    """As a router's bias, or a vision tower: the optimizer knows nothing of it, and the run goes on."""
+    make = LlamaForCausalLM.__init__
+
+    def with_unused(self, config):
+        make(self, config)
+        self.unused = torch.nn.Parameter(torch.ones(3))
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", with_unused)
+    settings = [*RUN, f"optimizer={optimizer}", "lr=1e-3"]
+    run(*settings, "max_steps=4", "run_dir=whole")
+    run(*settings, "max_steps=2", "run_dir=part")
+    run("resume=true", "max_steps=4", "run_dir=part")
+    assert same_weights("whole", "part")
+    assert load_file("part/LATEST/model.safetensors")["unused"].tolist() == [1, 1, 1]
+
+
+FULL = {"events": [], "from": math.inf, "folder": None}  # of an audit hook, which no test can take away
+
+
+def refuse_to_write(event, arguments):
+    """From an event on the disk under a folder is full: nothing is made, opened to write or renamed there."""
+    if FULL["folder"] and event in ("open", "os.mkdir", "os.rename", "os.symlink", "os.truncate"):
+        path = arguments[1] if event == "os.rename" else arguments[0]
+        writes = event != "open" or isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes and isinstance(path, str) and os.path.abspath(path).startswith(FULL["folder"]):
+            FULL["events"].append((event, os.path.basename(path)))
+            if len(FULL["events"]) > FULL["from"]:
+                raise OSError(errno.ENOSPC, "No space left on device", path)
+
+
+@pytest.fixture
+def disk():
+    """disk(folder, n) has room for n more events of writing; disk(None) for all."""
+    if refuse_to_write not in HOOKS:
+        sys.addaudithook(refuse_to_write)
+        HOOKS.append(refuse_to_write)
+
+    def make(folder, number=math.inf):
+        FULL.update(events=[], folder=folder and os.path.abspath(folder))
+        FULL["from"] = number
+    yield make
+    make(None)
+
+
+HOOKS = []
+SHORT = [*RUN, "loss=dpo", "max_steps=3", "save_every=2", "eval_every=2"]
+
+
+def test_a_full_disk_is_a_sentence(run, refused, disk):
+    check_full_disk(run, refused, disk, 7)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_a_sentence_at_every_write(run, refused, disk):
+    check_full_disk(run, refused, disk, 1)
+
+
+def check_full_disk(run, refused, disk, every):
+    """At each write in turn; after space is made the run ends as one that was never stopped."""
+    disk("whole")
+    whole = run(*SHORT, "run_dir=whole")
+    num_events = len(FULL["events"])
+    assert num_events > 40
+    for number in range(0, num_events, every):
+        disk(f"r{number}", number)
+        said = refused(*SHORT, f"run_dir=r{number}")
+        assert "cannot be written, no space left on device: " in said and "make room there" in said, said
+        saved = os.path.islink(f"r{number}/LATEST")
+        assert ("step-00000" in said.rpartition("device")[2]) == saved, said
+        disk(None)
+        run(*SHORT, "resume=auto", f"run_dir=r{number}")
+        assert same_weights(f"r{number}", whole) and numbers(f"r{number}") == numbers(whole), number
+        shutil.rmtree(f"r{number}")
+
+
+def test_a_small_disk(run, refused):
+    """The real thing: it holds one checkpoint and no second."""
+    os.mkdir("small")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "small"]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        said = refused(*SHORT, "run_dir=small/r")
+        assert "cannot be written, no space left on device: step-000002 is saved; make room there" in said
+        subprocess.run(["mount", "-o", "remount,size=20m", "small"], check=True)
+        run(*SHORT, "resume=true", "run_dir=small/r")
+        run(*SHORT, "run_dir=whole")
+        assert same_weights("small/r", "whole") and numbers("small/r") == numbers("whole")
+    finally:
+        subprocess.run(["umount", "small"], check=True)
+
+
+@pytest.mark.parametrize("make, settings, said", [
+    (lambda: open("f", "w"), ["run_dir=f/r"], "f is in its place"),
+    (lambda: None, ["run_dir=" + "x" * 300], "cannot be written, file name too long: nothing is saved yet"),
+    (lambda: os.mkfifo("p"), ["run_dir=p"], "p is in its place")])
+def test_folders_that_cannot_be(make, settings, said, refused):
+    make()
+    assert said in refused(*SHORT, *settings)
 
 
 def test_what_a_resumed_run_may_not_change(run, sft_run, refused):
@@ -219,7 +480,7 @@ def test_changed_data_or_reference_are_refused(run, sft_run, refused):
     def write(rejected):
         return write_lines("r.jsonl", [{"prompt": "p", "chosen": f"a {i}", "rejected": f"{rejected} {i}"}
                                        for i in range(6)])
-    shutil.copytree(f"{sft_run}/LATEST/", "base")
+    copy_model(f"{sft_run}/LATEST", "base")
     folder = run("loss=dpo", "model=base", f"data={write('b')}", "batch_size=2", "max_steps=2",
                  "lr_schedule=constant")
     resume = ["resume=true", f"run_dir={folder}", "max_steps=3"]
@@ -238,7 +499,7 @@ def test_changed_data_or_reference_are_refused(run, sft_run, refused):
 def test_another_reward_model_is_refused_on_resume(run, sft_run, refused):
     settings = [*RUN, f"model={sft_run}/LATEST", "max_steps=1"]
     run(*settings, "loss=rm", "run_dir=rm")
-    shutil.copytree("rm/LATEST/", "judge")
+    copy_model("rm/LATEST", "judge")
     folder = run(*settings, "loss=rpo", f"data={write_bare_pairs(12)}", "reward_model=judge")
     weights = load_file("judge/model.safetensors")
     weights["score.weight"] += 1
@@ -252,10 +513,10 @@ def test_a_run_that_another_process_began_meanwhile(run):
     config, checkpoint = load_config(read_arguments(settings), OBJECTIVES, data.DATASETS)
     run(*settings)
     with pytest.raises(InputError, match="holds a run already"):
-        lock_folder(config.run_dir, config.resume, checkpoint)
+        lock_folder(config.run_dir, config.resume, checkpoint).__enter__()
     run("resume=true", "exp_name=race", "max_steps=2")
     with pytest.raises(InputError, match="has written to .*race meanwhile"):
-        lock_folder(config.run_dir, "auto", checkpoint)
+        lock_folder(config.run_dir, "auto", checkpoint).__enter__()
 
 
 def test_two_processes_cannot_write_one_run(refused):
@@ -401,9 +662,8 @@ def test_what_is_on_the_disk_before_latest_moves(monkeypatch):
     run_dir = trainer.config.run_dir
     renamed, moved = steps.index("step-000001"), steps.index("LATEST")
     for name in ("metrics.jsonl", "LATEST/", "LATEST/model.safetensors", "LATEST/trainer_state",
-                 "LATEST/trainer_state/rng.pt", "LATEST/trainer_state/state.json",
-                 "LATEST/trainer_state/optimizer", "LATEST/trainer_state/optimizer/.metadata",
-                 "LATEST/trainer_state/optimizer/__0_0.distcp"):
+                 "LATEST/trainer_state/state.json", "LATEST/trainer_state/optimizer",
+                 "LATEST/trainer_state/optimizer/shard-00001-model-00001-of-00001.safetensors"):
         assert os.stat(f"{run_dir}/{name}").st_ino in steps[:renamed], name
     assert os.stat(run_dir).st_ino in steps[renamed:moved]
     assert steps[moved:] == ["LATEST", os.stat(run_dir).st_ino]
@@ -411,8 +671,8 @@ def test_what_is_on_the_disk_before_latest_moves(monkeypatch):
 
 def all_saved(folder):
     """A checkpoint's weights and its optimizer's memory."""
-    dcp_to_torch_save(f"{folder}/trainer_state/optimizer", "memory.pt")
-    return load_file(f"{folder}/model.safetensors") | torch.load("memory.pt")
+    (memory,) = glob.glob(f"{folder}/trainer_state/optimizer/*")
+    return load_file(f"{folder}/model.safetensors") | load_file(memory)
 
 
 def test_saves_in_the_background_never_run_at_once(monkeypatch):
@@ -436,7 +696,7 @@ def test_saves_in_the_background_never_run_at_once(monkeypatch):
     assert saved == [1, 2, 3] and latest("r") == 3
     for step in saved:
         ours, theirs = (all_saved(f"{folder}/step-00000{step}") for folder in ("r", "at_once"))
-        assert ours.pop("step") == theirs.pop("step") == step and ours.keys() == theirs.keys()
+        assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (FORTY, ROOT, latest, losses_of, made_once, make_trainer, needed, numbers, obvious_logp,
-                      read_lines, tiny_of)
+from conftest import (FORTY, ROOT, copy_model, latest, losses_of, made_once, make_trainer, needed, numbers,
+                      obvious_logp, read_lines, tiny_of)
 from fork_rows import ROWS
 from on_ranks import on_ranks
 from peft import PeftModel
@@ -472,7 +472,7 @@ def test_adapters_that_are_refused(refused, monkeypatch, adapted, judge):
     for settings in (["loss=rm", same], ["loss=dpo", same, f"reward_model={adapted}/LATEST"]):
         said = refused(*RUN, *settings)
         assert "is a language model's, without scores: begin from the whole model, the run's merged/" in said
-    shutil.copytree(f"{adapted}/LATEST/", "damaged")
+    copy_model(f"{adapted}/LATEST", "damaged")
     for text in ("{", "[]", "{}", '{"peft_type": "IA3", "base_model_name_or_path": "x"}',
                  '{"peft_type": "LORA", "base_model_name_or_path": null}'):
         with open("damaged/adapter_config.json", "w") as file:
@@ -492,7 +492,7 @@ def test_what_a_resumed_run_cannot_change(refused, adapted):
 
 
 def test_a_base_that_is_another_or_gone(run, refused, sft_run):
-    shutil.copytree(f"{sft_run}/LATEST/", "base")
+    copy_model(f"{sft_run}/LATEST", "base")
     folder = run(*RUN, *LORA, "model=base", "max_steps=1", "run_dir=r")
     weights, resume = load_file("base/model.safetensors"), ["resume=true", "run_dir=r", "max_steps=2"]
     save_file(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, "base/model.safetensors",

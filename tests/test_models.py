@@ -4,12 +4,11 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA, FEW_ROWS, TINY_RUN, config_of, make_trainer, tiny_of
+from conftest import DATA, FEW_ROWS, TINY_RUN, config_of, copy_model, make_trainer, tiny_of
 from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig,
                           LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel, RobertaConfig,
@@ -106,7 +105,7 @@ def test_dropout_is_set_to_0(tokenizer, capsys):
 
 
 def test_weights_that_are_missing_are_refused(sft_run, refused):
-    shutil.copytree(f"{sft_run}/LATEST", "part")
+    copy_model(f"{sft_run}/LATEST", "part")
     weights = load_file("part/model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, "part/model.safetensors", metadata={"format": "pt"})
@@ -184,7 +183,7 @@ def test_a_reward_model_is_a_hugging_face_folder(rm_run):
 def test_a_tokenizer_whose_padding_is_its_end(sft_run, tokenizer):
     """The end token must count: transformers refuses batches of such a model, single texts are right."""
     tokenizer.pad_token = tokenizer.eos_token
-    shutil.copytree(f"{sft_run}/LATEST", "base")
+    copy_model(f"{sft_run}/LATEST", "base")
     save("base", tokenizer)
     trainer = make_trainer("loss=rm", "model=base", f"eval_data={FEW_ROWS}")
     trainer.train_step()

@@ -15,8 +15,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import (DATA, config_of, keep_gradients, last_gradient, latest, numbers, obvious_logp,
-                      read_lines, same_weights, tiny_of, write_lines)
+from conftest import (DATA, config_of, hash_again, keep_gradients, last_gradient, latest, numbers,
+                      obvious_logp, read_lines, same_weights, tiny_of, write_lines)
 from on_ranks import on_ranks
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, LlamaForSequenceClassification)
@@ -398,25 +398,12 @@ def test_a_resume_refuses_other_token_ids_of_the_same_texts(name, old, new, run,
     content = json.loads(before) if name == "tokenizer.json" else {"model": {}}
     content["model"]["merges"] = content["model"].get("merges", [])[:20]
     path.write_text(before.replace(old, new) if old else json.dumps(content))
+    hash_again("r/LATEST")
     message = refused("resume=true", "run_dir=r", "max_steps=3")
     assert "token" in message and "not what this run began with" in message and "tokens is" not in message
     path.write_text(before)
+    hash_again("r/LATEST")
     run("resume=true", "run_dir=r", "max_steps=3")
-
-
-def test_a_checkpoint_from_before_tokens_and_began_goes_on(run, monkeypatch):
-    began()
-    shutil.copytree("r", "whole", symlinks=True)
-    path = "r/LATEST/trainer_state/state.json"
-    state = json.loads(Path(path).read_text())
-    assert [state.pop(name, "") for name in ("began", "tokens", "prompt_template")].index(None) == 2
-    Path(path).write_text(json.dumps(state))
-    set_day(monkeypatch, "2027-01-01")
-    for folder in ("r", "whole"):
-        run("resume=true", f"run_dir={folder}", "max_steps=4")
-    assert same_weights("r", "whole")
-    state = json.loads(Path(path).read_text())
-    assert state["began"] == "2027-01-01" and len(state["tokens"]) == 64  # from here on it is held to both
 
 
 TURNS = [S("Be kind."), U("Hi"), A("Hello there."), U("And?")]
@@ -536,7 +523,6 @@ def test_the_former_key_is_answered_with_the_new_one(given, run, refused):
     Path("mine.yaml").write_text("attribute_template: '{prompt}'\n")
     began()  # with an old run's config.yaml
     settings = Path("r/config.yaml").read_text()
-    Path("r/config.yaml").write_text(settings.replace("prompt_template: n", "attribute_template: n"))
     run("resume=true", "run_dir=r", "max_steps=3", "attribute_template=null")
     Path("r/config.yaml").write_text(settings.replace("prompt_template: null", "attribute_template: x"))
     message = refused(*given)

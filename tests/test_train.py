@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import (DATA, ROOT, TINY_RUN, config_of, losses_of, make_trainer, numbers, read_lines, shared,
-                      write_lines)
+from conftest import (DATA, ROOT, TINY_RUN, config_of, copy_model, losses_of, make_trainer, numbers,
+                      read_lines, shared, write_lines)
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -166,7 +166,7 @@ def bad_files():
 @pytest.fixture
 def endless(sft_run):
     """A model whose tokenizer has no end token."""
-    shutil.copytree(os.path.realpath(f"{sft_run}/LATEST"), "endless")
+    copy_model(f"{sft_run}/LATEST", "endless")
     path = pathlib.Path("endless/tokenizer_config.json")
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in settings.items() if name != "eos_token"}))
