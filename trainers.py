@@ -19,8 +19,9 @@ from engine.dry_run import tokens_that_fit
 from engine.folder import RunFolder
 from engine.forward import choose_layouts, response_logps, response_scores
 from engine.gpu import gpu_metrics, known_before, step_flops
-from engine.lora import base_of, read_adapters
-from engine.models import as_steps, check_fingerprints, fingerprint, learning_rate, make_optimizer
+from engine.lora import read_adapters
+from engine.models import (as_steps, check_fingerprints, fingerprint, fingerprints, learning_rate,
+                           make_optimizer)
 from engine.objectives import (SELF_PLAY, WEIGHT, call_loss, can_cache, join, parameters, read_values,
                                step_state, token_losses)
 from engine.report import advance, describe_failure, print_evaluation, print_samples, progress
@@ -73,9 +74,8 @@ class Trainer:
             first = reference if num_ranks() > 1 else copy.deepcopy(reference)
             self.first_reference = shard_frozen(first, config)
         self.reward_model = reward_model and shard_frozen(reward_model, config)
-        kept = {"base": base_of(self.policy), "reference": self.reference, "reward_model": self.reward_model}
-        self.fingerprints = run_data.fingerprints | {x: m and fingerprint(m) for x, m in kept.items()}
         models = self.policy, self.reference
+        self.fingerprints = run_data.fingerprints | fingerprints(*models, self.reward_model)
         self.sampler = Sampler(config, run_data, self.batcher, models, self.reward_model, self.bf16)
         if self.objective.self_play:
             self.self_play = SelfPlay(config, run_data, self.folder, self.sampler,
@@ -451,8 +451,7 @@ class Trainer:
         check_fingerprints(state, self.fingerprints)
         for name in COUNTERS:
             setattr(self, name, state[name])
-        self.state, self.records = state["state"], state["records"]
-        self.opponent = state["opponent"] or state["reference"]
+        self.state, self.opponent, self.records = state["state"], state["opponent"], state["records"]
         moved = self.reference if self.first_reference is not self.reference else None
         restore_state(checkpoint, self.step, self.policy, self.optimizer, self.config, moved)
         self.saved_step = self.step

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,10 +24,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from engine import InputError, first_line
 from engine.config import (PATHS, as_flat, as_namespace, check_changes, check_config, check_kept, flatten,
                            read_schema, read_yaml)
-from engine.distributed import (TIMEOUT, check_devices, copy_full, from_all, full_state_dict, full_tensor,
-                                num_ranks, raise_on_all_ranks, rank, wait_for_all)
+from engine.distributed import (TIMEOUT, check_devices, copy_full, from_all, from_first, full_state_dict,
+                                full_tensor, num_ranks, raise_on_all_ranks, rank, wait_for_all)
 from engine.folder import (RunFolder, complete_folder, digests, find_fault, point, read_provenance, writing)
-from engine.lora import AdaptersOff, adapted_layers, base_of, base_path, is_adapter, save_adapter
+from engine.lora import AdaptersOff, adapted_layers, base_of, is_adapter, makes_base, save_adapter
 from engine.models import check_optimizer, load_adapted, make_optimizer
 from engine.objectives import check_table
 
@@ -62,7 +63,7 @@ def load_config(given: dict, objectives: dict, datasets: dict):
     for key in PATHS if os.environ.get("RANK", "0") == "0" else ():
         check_model(key, getattr(config, key))
     check_table(objectives, read_schema()[0])
-    check_config(config, objectives)
+    check_config(config, objectives, knows_base=bool(checkpoint and config.lora["rank"]))
     check_devices(config)
     check_optimizer(config)
     return config, checkpoint
@@ -103,6 +104,8 @@ def find_checkpoint(run_dir: str, resume: bool | str) -> str | None:
                          "aside to start over")
     if "config.yaml" in names and not read_provenance(os.path.join(run_dir, "config.yaml")):
         raise InputError(f"{run_dir} has a config.yaml that no run wrote: choose another run_dir")
+    if foreign := {"base", "reference"}.intersection(names if "config.yaml" not in names else ()):
+        raise InputError(f"{run_dir} has a folder {min(foreign)} that no run wrote: choose another run_dir")
     return None
 
 
@@ -267,13 +270,16 @@ class Checkpoints:
                 shutil.rmtree(discarded)
 
 
-def save_model(folder, model, tokenizer):
-    """Keeps a model as a complete Hugging Face folder."""
+def save_model(folder, model, tokenizer, merged_from=None):
+    """Keeps a model as a complete Hugging Face folder. merged_from: the hash of an adapter in it, noted."""
     weights = full_state_dict(model)
     with complete_folder(folder) as partial:
         if rank() == 0:
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+            if merged_from:
+                with open(os.path.join(partial, "merged_from.txt"), "w") as file:
+                    file.write(merged_from)
 
 
 def keep_models(folder: RunFolder, config, policy, reference, tokenizer):
@@ -281,7 +287,7 @@ def keep_models(folder: RunFolder, config, policy, reference, tokenizer):
     is_made = (config.reference or config.model) == "tiny"
     if is_made and reference and not isinstance(reference, AdaptersOff):
         save_model(folder.path("reference"), reference, tokenizer)
-    if base_path(config) == folder.path("base"):
+    if makes_base(config):
         save_model(folder.path("base"), base_of(policy), tokenizer)
 
 
@@ -297,15 +303,29 @@ def optimizer_state(model, optimizer) -> dict:
 
 def merge(checkpoint, trust_remote_code=False) -> str:
     """Makes of an adapter runs/x/step-000040 and the model beside it runs/x/merged-000040, a whole Hugging
-    Face folder, and returns its name."""
+    Face folder, unless it is there, and returns its name; another one of that name is put aside."""
     if not is_adapter(checkpoint):
         raise InputError(f"{checkpoint} is no checkpoint with adapters, which alone are merged")
     run_dir, name = os.path.split(os.path.realpath(checkpoint))
-    merged = "merged" + name.removeprefix("step")
-    if not os.path.exists(os.path.join(run_dir, merged)):
-        model, tokenizer = load_adapted(os.path.join(run_dir, name), trust_remote_code)
-        save_model(os.path.join(run_dir, merged), model, tokenizer)
-    return merged
+    merged = os.path.join(run_dir, "merged" + name.removeprefix("step"))
+    with open(os.path.join(run_dir, ".merge.lock"), "w") as lock:
+        if rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two that merge the second waits, and finds it
+            with open(os.path.join(run_dir, name, "adapter_model.safetensors"), "rb") as file:
+                own = hashlib.file_digest(file, "sha256").hexdigest()
+            if os.path.exists(merged) and read_text(os.path.join(merged, "merged_from.txt")) != own:
+                names = (f"{merged}.{number}" for number in itertools.count(1))
+                os.rename(merged, next(name for name in names if not os.path.exists(name)))
+        if not from_first(os.path.exists(merged)):
+            model, tokenizer = load_adapted(os.path.join(run_dir, name), trust_remote_code)
+            save_model(merged, model, tokenizer, own if rank() == 0 else None)
+    return os.path.basename(merged)
+
+
+def read_text(path):
+    """What is in a file, or None."""
+    with contextlib.suppress(OSError), open(path) as file:
+        return file.read()
 
 
 def keep_merged(config):
@@ -467,10 +487,11 @@ def restore_optimizer(folder, scalars, policy, optimizer, config):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "merge":
-        sys.exit("usage: python -m engine.checkpoints merge runs/x/step-000040")
+    words = sys.argv[1:]
+    if words[:1] != ["merge"] or len(words) < 2 or words[2:] not in ([], ["trust_remote_code=true"]):
+        sys.exit("usage: python -m engine.checkpoints merge runs/x/step-000040 [trust_remote_code=true]")
     try:
-        name = merge(sys.argv[2])
+        name = merge(words[1], len(words) > 2)
     except InputError as refused:
         sys.exit(f"error: {refused}")
-    print("merged    ", os.path.join(os.path.dirname(os.path.realpath(sys.argv[2])), name))
+    print("merged    ", os.path.join(os.path.dirname(os.path.realpath(words[1])), name))

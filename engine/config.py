@@ -207,8 +207,9 @@ def as_list(value):
 # ---------------------------------------------------------------- what no single key's rule says
 
 
-def check_config(config, objectives):
-    """Raises InputError for settings that do not go together; objectives: the table of losses."""
+def check_config(config, objectives, knows_base=False):
+    """Raises InputError for settings that do not go together; objectives: the table of losses. knows_base: a
+    run goes on whose adapters say where their base is, and its model may be gone."""
     if config.loss not in objectives:
         near = difflib.get_close_matches(config.loss, objectives, 1, cutoff=0)[0]
         raise InputError(f"loss={config.loss} is not one of {', '.join(objectives)}; the nearest is {near}")
@@ -229,7 +230,7 @@ def check_config(config, objectives):
                              f"iterations={block.get('iterations', 1)}: give one number, or one for each")
     check_models(config, objectives[config.loss])
     check_template(config)
-    check_folders(config)
+    check_folders(config, PATHS[knows_base:])  # the model is the first
 
 
 def check_models(config, objective):
@@ -246,6 +247,10 @@ def check_models(config, objective):
         raise InputError("lora.base_dtype=bfloat16 computes in bfloat16: set compute_dtype=bfloat16")
     if config.lora["base_dtype"] == "float32" != config.dtype and config.lora["rank"]:
         raise InputError(f"lora.base_dtype=float32 does not go with dtype={config.dtype}: leave it out")
+    defaults, _ = read_schema()
+    for name, value in config.lora.items() if not config.lora["rank"] else ():
+        if value != defaults[f"lora.{name}"]:
+            raise InputError(f"lora.{name}={value} is not read with lora.rank=0: set a rank, or leave it out")
     unread = [] if objective.needs_reference else ["reference"]
     unread += ["reward_model", "sample_attributes"] if objective.inputs == "scores" else []
     for key in unread:
@@ -267,9 +272,9 @@ def check_template(config):
                          "them in it")
 
 
-def check_folders(config):
+def check_folders(config, keys):
     """Raises InputError for a path that cannot be what its key says, before it costs any time."""
-    for key in PATHS:
+    for key in keys:
         path = getattr(config, key) or ""
         if not os.path.exists(path) and (path.startswith((".", "~", "/")) or path.count("/") > 1
                                          or "/" in path and os.path.isdir(path.split("/")[0])):

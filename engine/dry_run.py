@@ -15,7 +15,7 @@ from engine.distributed import decoder_layers, device, from_all, num_ranks, redu
 from engine.forward import CHUNK_LOGITS, decode, decoder_inputs
 from engine.models import load_policy, make_optimizer
 from engine.objectives import can_cache
-from engine.report import print_lines
+from engine.report import frozen_part, print_lines
 
 
 def print_dry_run(config, objective, run_data, checkpoint):
@@ -36,7 +36,7 @@ def print_dry_run(config, objective, run_data, checkpoint):
     saved = held.pop("checkpoint")
     lines = [("model", f"{config.model}, {run_data.model_config.model_type}, "
                        f"{sum(x.numel() for x in model.parameters()):,} parameters in {config.dtype}, "
-                       f"computing in {config.compute_dtype}"),
+                       f"computing in {config.compute_dtype}{frozen_part(model, config)}"),
              ("devices", f"{num_devices}, with {replicas} x {num_devices // replicas} shards of it; on each")]
     in_host = fsdp_in_host(config)
     lines += [("", f"{size / 2**20:>12,.1f} MiB  {name}{' (in the host)' if name in in_host else ''}")

@@ -34,7 +34,8 @@ class RunFolder:
         """Starts wandb, writes config.yaml with the code's version. resumed_at: the step it goes on from."""
         if rank() > 0:
             return
-        packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+        packages = ["torch", "transformers", "datasets", "tokenizers", "numpy"]
+        packages += ["peft"] if config.lora["rank"] else []
         code = {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
                 "versions": {name: importlib.metadata.version(name) for name in packages}}
         provenance = {"run_id": secrets.token_hex(6), **code, "resumed": []}
@@ -127,7 +128,7 @@ class RunFolder:
     def clear_partial(self):
         """Deletes what an interrupted save left."""
         for name in os.listdir(self.run_dir) if rank() == 0 else ():
-            if re.fullmatch(r"\.(step-\d+|reference|base|merged-\d+)\.partial", name):
+            if re.fullmatch(r"\.(step-\d+|reference|base)\.partial", name):
                 shutil.rmtree(self.path(name))
 
     def sync(self):

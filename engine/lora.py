@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import types
 import warnings
@@ -27,29 +28,28 @@ def import_peft(what):
 # ---------------------------------------------------------------- adapters in a model
 
 
-def base_path(config):
-    """Where the frozen weights beside adapters are: the model's, or in the run what came from no folder; None
-    where all weights learn."""
-    is_made = config.model == "tiny" or is_adapter(config.model)
-    path = os.path.join(config.run_dir, "base") if is_made else config.model
-    return path if config.lora["rank"] else None
+def makes_base(config):
+    """Whether the frozen weights beside a run's adapters came from no folder, and are kept in the run's."""
+    return config.lora["rank"] > 0 and (config.model == "tiny" or is_adapter(config.model))
 
 
-def add_adapters(model, config, with_opponent=False) -> bool:
+def add_adapters(model, config, checkpoint, with_opponent=False):
     """Puts adapters into a model, in place, if the config has them: they and a reward model's head learn, the
     rest is frozen. At first they change nothing.
 
-    Raises InputError without peft, and for targets of which one matches nothing.
+    checkpoint: of a run that goes on, which says where its base is, or None. Raises InputError without peft,
+    and for targets of which one matches nothing.
     """
     settings = config.lora
     if not settings["rank"]:
-        return False
+        return
+    beside = os.path.join(config.run_dir, "base") if makes_base(config) else config.model
     peft = import_peft(f"lora.rank={settings['rank']}")
     options = peft.LoraConfig(
         r=settings["rank"], lora_alpha=settings["alpha"], target_modules=read_targets(model, config),
         use_rslora=settings["rslora"], init_lora_weights=settings["init"] == "default" or "gaussian",
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
-        base_model_name_or_path=base_path(config))
+        base_model_name_or_path=base_folder(checkpoint) if checkpoint else beside)
     warnings.filterwarnings("ignore", "Already found a `peft_config`")  # an opponent has one of its own
     for name in (LEARNS, FROZEN)[:1 + with_opponent]:
         peft.inject_adapter_in_model(options, model, name)
@@ -59,7 +59,6 @@ def add_adapters(model, config, with_opponent=False) -> bool:
             x.data = x.data.to(getattr(torch, config.dtype))
     for layer in adapted_layers(model):
         layer._active_adapter = [LEARNS]
-    return True
 
 
 def read_targets(model, config):
@@ -69,6 +68,8 @@ def read_targets(model, config):
     if targets in ("all-linear", ["all-linear"]):
         return "all-linear"
     targets = [targets] if isinstance(targets, str) else targets
+    if "all-linear" in targets:
+        raise InputError(f"lora.targets={targets}: all-linear stands alone, or give all names")
     linear = [name for name, x in model.named_modules() if isinstance(x, (torch.nn.Linear, Conv1D))
               and x.weight is not embeddings and name != "score"]  # a reward model's head learns itself
     if wrong := [x for x in targets if not any(f".{name}".endswith(f".{x}") for name in linear)]:
@@ -215,8 +216,11 @@ def kept_state(folder) -> dict:
     path = os.path.join(folder, "trainer_state", "state.json")
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"checkpoint {folder} is damaged, its state.json is not whole") from error
 
 
 def check_base(folder, fingerprint):
@@ -230,6 +234,7 @@ def save_adapter(folder, form, weights):
     """form: the policy without weights. weights: {name: tensor} of what learns."""
     options = form.peft_config[LEARNS]
     options.inference_mode = True
+    options.target_modules = sorted(options.target_modules)  # or their order would be another each time
     options.modules_to_save = ["score"] if any(name.startswith("score.") for name in weights) else None
     options.save_pretrained(folder)
     form.config.save_pretrained(folder)
@@ -265,27 +270,39 @@ def merge_adapter(model, folder, dtype):
         options = peft.LoraConfig.from_pretrained(folder)
         options.modules_to_save = None  # a reward model's head has its place
         peft.inject_adapter_in_model(options, model, LEARNS)
-    except Exception as error:
-        raise InputError(f"the adapter {folder} cannot be read: {first_line(error)}") from error
-    for name, x in model.named_parameters():
-        if ".lora_" in name:
-            x.data = at_least_float(x)
-    load_adapter(model.eval().requires_grad_(False), folder)
-    ids = torch.arange(32, device=model.device)[None] % model.config.get_text_config().vocab_size
-    before = model(input_ids=ids, use_cache=False).logits.float()
-    for name, layer in [(name, x) for name, x in model.named_modules() if hasattr(x, "lora_A")]:
-        for x in layer.get_base_layer().parameters():
-            x.data = at_least_float(x)
-        layer.merge(adapter_names=[LEARNS])
-        parent, _, child = name.rpartition(".")
-        if child != "base_layer":  # of experts one adapter is around the other
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        for name, x in model.named_parameters():
+            if ".lora_" in name:
+                x.data = at_least_float(x)
+        load_adapter(model.eval().requires_grad_(False), folder)
+        ids = torch.arange(32, device=model.device)[None] % model.config.get_text_config().vocab_size
+        before = model(input_ids=ids, use_cache=False).logits.float()
+        for name, layer in [(name, x) for name, x in model.named_modules() if hasattr(x, "lora_A")]:
+            merge_layer(model, name, layer, dtype)
+    except InputError:
+        raise
+    except Exception as error:  # peft knows kinds that it does not merge
+        raise InputError(f"the adapter {folder} cannot be merged: {first_line(error)}") from error
     del model.peft_config
     for x in model.requires_grad_(True).parameters():
         x.data = x.data.to(dtype)
     error = (model(input_ids=ids, use_cache=False).logits.float() - before).abs().max().item()
+    if not math.isfinite(error):
+        raise InputError(f"the adapter {folder} cannot be merged: logits are not finite then")
     print(f"adapter    of {folder} merged in {str(dtype)[6:]}; logits differ by at most {error:.1e}, of up "
           f"to {before.abs().max().item():.1f}")
+
+
+def merge_layer(model, name, layer, dtype):
+    """Puts in a layer's place its base with what its adapter adds. Of experts one adapter is around the
+    other: the sum of both is rounded later."""
+    base, (parent, _, child) = layer.get_base_layer(), name.rpartition(".")
+    for x in base.parameters():
+        x.data = at_least_float(x)
+    layer.merge(adapter_names=[LEARNS])
+    if child != "base_layer":
+        setattr(model.get_submodule(parent), child, base)
+        for x in base.parameters() if layer.base_layer is base else ():
+            x.data = x.data.to(dtype)
 
 
 def at_least_float(tensor):

@@ -21,8 +21,8 @@ from engine import InputError, first_line
 from engine.distributed import (device, device_mesh, from_first, full_tensor, num_ranks, raise_on_all_ranks,
                                 rank)
 from engine.forward import autocast
-from engine.lora import (AdaptersOff, add_adapters, base_folder, check_base, is_adapter, is_judge, kept_state,
-                         merge_adapter, policy_source, state_of)
+from engine.lora import (AdaptersOff, add_adapters, base_folder, base_of, check_base, is_adapter, is_judge,
+                         kept_state, merge_adapter, policy_source, state_of)
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -187,7 +187,7 @@ def load_policy(config, objective, run_data, checkpoint, blank=None) -> PreTrain
     head = "new scores" if objective.inputs == "scores" else None
     path, loading = policy_source(config, checkpoint)
     policy = load_model(path, run_data.model_config, loading, run_data.tokenizer, head, blank)
-    add_adapters(policy, config, objective.in_stages)
+    add_adapters(policy, config, checkpoint, objective.in_stages)
     return policy
 
 
@@ -198,7 +198,7 @@ def load_adapted(checkpoint, trust_remote_code):
         dtype=dtype, compute_dtype=dtype, trust_remote_code=trust_remote_code, max_length=0, device="cpu",
         attention=None, activation_checkpointing=False)
     with refusing(f"the tokenizer of {checkpoint}"):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     model_config, _ = load_model_config(checkpoint, config, tokenizer)
     head = "scores" if is_judge(checkpoint) else None
     return load_model(checkpoint, model_config, config, tokenizer, head), tokenizer
@@ -243,6 +243,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     `2-` before it: until 2026-11-26 it was another.
     """
     return from_first(hash_weights(model))
+
+
+def fingerprints(policy, reference, reward_model) -> dict:
+    """What a run rests on, {name: fingerprint or None}, with the base of adapters."""
+    base = base_of(policy)
+    found = {"base": base and fingerprint(base)}
+    is_base = isinstance(reference, AdaptersOff) and not reference.has_opponent
+    found["reference"] = found["base"] if is_base else reference and fingerprint(reference)
+    return found | {"reward_model": reward_model and fingerprint(reward_model)}
 
 
 def hash_weights(model):

@@ -57,6 +57,13 @@ class Report:
             yield f"  {number:,} rows {what}"
 
 
+def frozen_part(model, config):
+    """What of a model does not learn, for a line about it."""
+    frozen = sum(x.numel() for x in model.parameters() if not x.requires_grad)
+    base_dtype = config.lora["base_dtype"] or config.dtype
+    return f", of which {frozen:,} are frozen, in {base_dtype}" if config.lora["rank"] else ""
+
+
 def print_summary(config, objective, run_data, policy, num_steps, resumed_at=None):
     """What a run is about to do, before its first step; resumed_at: the step that it goes on after."""
     num_parameters = sum(parameter.numel() for parameter in policy.parameters())
@@ -64,7 +71,7 @@ def print_summary(config, objective, run_data, policy, num_steps, resumed_at=Non
     going_on = "" if resumed_at is None else f", going on after step {resumed_at}"
     lines = [("run", config.run_dir + going_on),
              ("model", f"{config.model}, {policy.config.model_type}, {num_parameters:,} parameters in "
-                       f"{config.dtype} on {policy.device}")]
+                       f"{config.dtype} on {policy.device}{frozen_part(policy, config)}")]
     if num_ranks() > 1:
         replicas = config.fsdp["replicas"]
         lines.append(("devices", f"{num_ranks()}, with {replicas} x {num_ranks() // replicas} shards"))

@@ -1,11 +1,15 @@
 """Adapters learn beside frozen weights, which are the reference; what is saved is peft's, and merges."""
 
+import fcntl
 import functools
+import json
 import os
 import re
 import runpy
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import engine.checkpoints
 import train
 from engine.forward import read_tokens, response_logps, token_kls
 from engine.lora import AdaptersOff
@@ -445,6 +450,56 @@ def test_dry_run_counts_what_learns(loss, num_opponents, head, run, sft_run, cap
     assert "more for a reference" not in out
 
 
+def test_a_merged_folder_of_another_adapter_is_put_aside(adapted):
+    """As of a step that was written again; of two that merge at once the second waits and finds it."""
+    shutil.copytree(adapted, "r", symlinks=True)
+    shutil.rmtree("r/merged-000004")
+    with open("r/.merge.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor() as threads:
+            jobs = [threads.submit(engine.checkpoints.merge, "r/LATEST") for _ in range(2)]
+            time.sleep(0.2)
+            assert not any(job.done() for job in jobs) and not os.path.exists("r/merged-000004")
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert [job.result() for job in jobs] == ["merged-000004"] * 2
+    first = load_file("r/merged-000004/model.safetensors")
+    weights = adapter("r")
+    save_file({name: 2 * x for name, x in weights.items()}, "r/LATEST/adapter_model.safetensors")
+    engine.checkpoints.merge("r/LATEST")
+    kept, other = (load_file(f"r/{name}/model.safetensors") for name in ("merged-000004.1", "merged-000004"))
+    assert all(torch.equal(first[name], kept[name]) for name in first)
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (weights[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    added = other[f"{name}.weight"] - first[f"{name}.weight"]
+    assert torch.allclose(added, 2 * 3 * b @ a, rtol=0, atol=1e-9)  # both matrices twice
+
+
+def test_a_stage_goes_on_without_the_one_before(run, sft_run, adapted):
+    """Whose checkpoint may be gone: the base is in the run's folder."""
+    copy_model(f"{adapted}/LATEST", "before")
+    settings = [*RUN, *LORA, *EXACT, "loss=dpo", "model=before"]
+    run(*settings, "max_steps=4", "run_dir=whole")
+    run(*settings, "max_steps=2", "run_dir=part")
+    shutil.rmtree("before")
+    run("resume=true", "max_steps=4", "run_dir=part")
+    assert_same_run("whole", "part")
+    options = [json.load(open(f"{folder}/LATEST/adapter_config.json")) for folder in ("whole", "part")]
+    assert [x["base_model_name_or_path"] for x in options] == [
+        os.path.abspath(f"{folder}/base") for folder in ("whole", "part")]
+    assert options[0]["target_modules"] == sorted(options[0]["target_modules"])
+
+
+def test_a_models_folder_of_ones_own_stays(run, refused, sft_run):
+    """Also where it stands in the run's, under the name of what a run keeps there."""
+    copy_model(f"{sft_run}/LATEST", "exp/base")
+    before = {name: open(f"exp/base/{name}", "rb").read() for name in os.listdir("exp/base")}
+    assert "exp has a folder base that no run wrote: choose another run_dir" in refused(
+        *RUN, *LORA, "model=exp/base", "run_dir=exp")
+    run(*RUN, *LORA, "model=exp/base", "max_steps=1", "run_dir=other")
+    assert {name: open(f"exp/base/{name}", "rb").read() for name in os.listdir("exp/base")} == before
+    assert not os.path.exists("other/base")
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -458,6 +513,8 @@ NAMES = "choose from down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_p
     (["lora.targets=[q_proj,x,embed_tokens]"], "of which x, embed_tokens matches nothing in the model: "),
     (["lora.base_dtype=bfloat16"], "lora.base_dtype=bfloat16 computes in bfloat16: set compute_dtype=bf"),
     (["lora.base_dtype=float32", *EXACT], "lora.base_dtype=float32 does not go with dtype=float64: leave it"),
+    (["lora.targets=[all-linear,lm_head]"], "all-linear stands alone, or give all names"),
+    (["lora.rank=0"], "lora.alpha=8 is not read with lora.rank=0: set a rank, or leave it out"),
     (["loss=dpo"], "loss=dpo moves its reference, which adapters share with the policy: set lora.rank=0")])
 def test_settings_that_are_refused(settings, said, refused, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "dpo", ROWS["following"])
@@ -503,4 +560,4 @@ def test_a_base_that_is_another_or_gone(run, refused, sft_run):
     assert "the base is not what this run began with" in refused(*resume)
     shutil.rmtree("base")
     assert "/base, which is not there: put that model back" in refused(*RUN, f"model={folder}/LATEST")
-    assert "base: there is no such folder" in refused(*resume)
+    assert "/base, which is not there: put that model back" in refused(*resume)
