@@ -462,9 +462,7 @@ class Trainer:
     def rewind_records(self):
         """Cuts the records back to the step that is saved, or to none; clears an interrupted save."""
         self.folder.clear_partial()
-        kept, _ = (self.folder.cut(name, self.records.get(name, {"size": 0})["size"])
-                   for name in ("metrics.jsonl", "samples.jsonl"))
-        self.evaluated_steps = {line["step"] for line in kept if line["split"] == "eval"}
+        self.evaluated_steps = self.folder.cut(self.records, self.saved_step)
 
 
 def add_to_sums(sums: dict, batch: Batch, losses: torch.Tensor, metrics: dict):

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from engine import InputError, first_line
 from engine.config import (PATHS, as_flat, as_namespace, check_changes, check_config, check_kept, flatten,
@@ -28,7 +27,7 @@ from engine.distributed import (TIMEOUT, check_devices, copy_full, from_all, fro
                                 full_tensor, num_ranks, raise_on_all_ranks, rank, wait_for_all)
 from engine.folder import (RunFolder, complete_folder, digests, find_fault, point, read_provenance, writing)
 from engine.lora import AdaptersOff, adapted_layers, base_of, is_adapter, makes_base, save_adapter
-from engine.models import check_optimizer, load_adapted, make_optimizer
+from engine.models import (check_optimizer, load_adapted, optimizer_state, restore_optimizer, save_shards)
 from engine.objectives import check_table
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process needs none
@@ -54,11 +53,14 @@ def load_config(given: dict, objectives: dict, datasets: dict):
             check_whole(checkpoint)
         _, rules = read_schema()
         own = flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
+        for key in ("resume", "run_dir", "trust_remote_code"):  # of this call alone; code is run by its leave
+            own.pop(key, None)
         before, run_dir = as_namespace(own, datasets), config.run_dir
         config = as_namespace(own | given, datasets)
         config.run_dir = run_dir  # the folder may have been moved
         self_play = bool(objectives[before.loss].self_play)
-        check_kept(own, read_state(checkpoint)["config"], before.lr_schedule, self_play)
+        kept = as_namespace(read_state(checkpoint)["config"], datasets)  # a path may lead elsewhere by now
+        check_kept(own, as_flat(before), as_flat(kept), before.lr_schedule, self_play)
         check_changes(before, config, given, self_play)
     for key in PATHS if os.environ.get("RANK", "0") == "0" else ():
         check_model(key, getattr(config, key))
@@ -78,15 +80,15 @@ def find_checkpoint(run_dir: str, resume: bool | str) -> str | None:
         how = "go on with it by resume=true" if "LATEST" in names else "start it over by resume=auto"
         how = "go on with it by resume=auto" if steps and "LATEST" not in names else how
         raise InputError(f"{run_dir} holds a run already: {how}, or choose another exp_name or run_dir")
+    if resume and os.path.isdir(latest) and not os.path.islink(latest):
+        raise InputError(f"{latest} is a folder and no link, as in a copy without links: remove it, and "
+                         "resume=auto goes on from the newest checkpoint")
     if isinstance(resume, str) and resume != "auto":
         if resume not in map(os.path.basename, steps):
             has = ", ".join(map(os.path.basename, steps)) or "none"
             raise InputError(f"resume={resume}: {run_dir} has no such checkpoint, it has {has}")
         return os.path.join(run_dir, resume)
-    if os.path.isdir(latest) and not os.path.islink(latest):
-        raise InputError(f"{latest} is a folder and no link, as in a copy without links: remove it, and "
-                         "resume=auto goes on from the newest checkpoint")
-    if resume and os.path.islink(latest):
+    if resume and os.path.islink(latest) and os.path.exists(latest):
         path = os.path.realpath(latest)
         if path not in steps:
             raise InputError(f"{latest} points to {os.readlink(latest)}, which is no checkpoint of this run: "
@@ -97,11 +99,13 @@ def find_checkpoint(run_dir: str, resume: bool | str) -> str | None:
     if resume is True:
         raise InputError(f"{run_dir} has no complete checkpoint to resume; resume=auto starts at step 0")
     if resume and steps:
-        whole = next((path for path in steps if not fault_of(path)), None)
-        if whole:
+        faults = {path: fault_of(path) for path in steps}
+        if whole := next((path for path in steps if not faults[path]), None):
             return whole
-        raise InputError(f"{run_dir} has checkpoints, but none is whole, {fault_of(steps[0])}: move them "
-                         "aside to start over")
+        if "is of code before" in (fault := faults[steps[0]]):
+            raise InputError(fault)
+        raise InputError(f"{run_dir} has checkpoints, but none is whole, {fault}: move them aside to start "
+                         "over")
     if "config.yaml" in names and not read_provenance(os.path.join(run_dir, "config.yaml")):
         raise InputError(f"{run_dir} has a config.yaml that no run wrote: choose another run_dir")
     if foreign := {"base", "reference"}.intersection(names if "config.yaml" not in names else ()):
@@ -109,11 +113,20 @@ def find_checkpoint(run_dir: str, resume: bool | str) -> str | None:
     return None
 
 
+def free_name(path):
+    """Under which something is put aside."""
+    return next(f"{path}.{n}" for n in itertools.count(1) if not os.path.lexists(f"{path}.{n}"))
+
+
 def checkpoints_of(run_dir) -> list[str]:
     """Paths of a run's checkpoints, the newest first."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
-    names = [name for name in names if re.fullmatch(r"step-\d+", name)]
-    return [os.path.join(run_dir, name) for name in sorted(names, key=lambda name: -int(name[5:]))]
+    paths = [os.path.join(run_dir, name) for name in names if re.fullmatch(r"step-\d+", name)]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(path):
+    return int(os.path.basename(path)[5:])
 
 
 @contextlib.contextmanager
@@ -137,8 +150,8 @@ def take_lock(run_dir, resume, checkpoint):
             kinds = entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False), is_own
             if not any(kinds):
                 kind = "a link" if entry.is_symlink() else "no file"
-                raise InputError(f"{entry.path} is {kind}, and a run writes to files of its own folder "
-                                 "alone: put a file there, or choose another run_dir")
+                raise InputError(f"{entry.path} is {kind}, and a run writes to its own folder alone: put "
+                                 "what it leads to in its place, or choose another run_dir")
         lock = open(os.path.join(run_dir, ".lock"), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,13 +162,13 @@ def take_lock(run_dir, resume, checkpoint):
         lock.close()
         raise InputError(f"another process has written to {run_dir} meanwhile: start again")
     if checkpoint and os.path.realpath(os.path.join(run_dir, "LATEST")) != checkpoint:
-        print(f"resume     from {os.path.basename(checkpoint)}, which is LATEST from here on")
+        steps = checkpoints_of(run_dir)
+        for path in steps[:steps.index(checkpoint)]:
+            aside = free_name(path)
+            os.rename(path, aside)
+            print(f"resume     {path} is kept as {os.path.basename(aside)}")
         point(run_dir, "LATEST", os.path.basename(checkpoint))
-        for path in checkpoints_of(run_dir):
-            if path > checkpoint:
-                aside = next(f"{path}.{n}" for n in range(1, 10**6) if not os.path.lexists(f"{path}.{n}"))
-                os.rename(path, aside)
-                print(f"resume     {path} is kept as {os.path.basename(aside)}")
+        print(f"resume     from {os.path.basename(checkpoint)}, which is LATEST from here on")
     return lock
 
 
@@ -192,10 +205,11 @@ class Checkpoints:
         self.folder.sync()
         rng = [torch.get_rng_state(),  # of several ranks none looks at the others' GPUs
                *(torch.cuda.get_rng_state_all() if num_ranks() == 1 else [])]
-        state = {"format": FORMAT, **state, "config": as_flat(self.config),
+        state = {"format": FORMAT, **state, "config": as_flat(self.config), "needs": spared,
                  "base_dtype": str(self.form.dtype),
                  "random": [base64.b64encode(x.numpy().tobytes()).decode() for x in rng],
-                 "records": self.folder.digests(state["iteration"]) if rank() == 0 else None}
+                 "records": self.folder.digests(state["iteration"]) if rank() == 0 else None,
+                 "beside": self.folder.settings_beside() if rank() == 0 else None}
         weights = full_state_dict(policy, self.thread is not None, learning=bool(adapted_layers(policy)))
         optimizer = optimizer_state(policy, optimizer)
         moved = moved and {name: full_tensor(x.detach()).to("cpu", copy=True)
@@ -235,13 +249,7 @@ class Checkpoints:
                 if moved:
                     save_file(moved, os.path.join(beside, "reference.safetensors"))
             tensors = {name: x for name, x in optimizer.items() if torch.is_tensor(x)}
-            if tensors:
-                writer = HuggingFaceStorageWriter(os.path.join(beside, "optimizer"), save_distributed=True)
-                try:
-                    dcp.save(tensors, storage_writer=writer, process_group=self.group,
-                             no_dist=num_ranks() == 1)
-                except dcp.CheckpointException as error:  # which is no Exception
-                    raise next(iter(error.failures.values()))[0] from error
+            save_shards(tensors, os.path.join(beside, "optimizer"), self.group)
             # Each rank hashes its share of the optimizer's state, the first what else there is.
             own = f"trainer_state/optimizer/shard-{rank() + 1:05d}*"
             names = glob.glob(own, root_dir=partial)
@@ -255,18 +263,20 @@ class Checkpoints:
                     name: digest for part in files for name, digest in part.items()}})
         if rank() == 0:
             point(self.folder.run_dir, "LATEST", name)
-            self.discard(state["step"], spared)
+            self.discard(state["step"])
         wait_for_all(self.group)
 
-    def discard(self, newest, spared):
-        """Deletes all but the newest checkpoints."""
-        names = [name for name in os.listdir(self.folder.run_dir) if re.fullmatch(r"step-\d+", name)]
-        steps = sorted(step for step in (int(name[5:]) for name in names) if step <= newest)
-        for step in steps[:-self.config.keep_checkpoints] if self.config.keep_checkpoints else []:
-            if step != spared:
-                name = f"step-{step:06d}"
-                discarded = self.folder.path(f".{name}.partial")
-                os.rename(self.folder.path(name), discarded)  # half deleted, it is no checkpoint
+    def discard(self, newest):
+        """Deletes all but the newest checkpoints, and those whose policy is their opponent."""
+        if not self.config.keep_checkpoints:
+            return
+        paths = [path for path in checkpoints_of(self.folder.run_dir) if step_of(path) <= newest]
+        kept = paths[:self.config.keep_checkpoints]
+        needed = {parse_state(path)["needs"] for path in kept}
+        for path in paths[len(kept):]:
+            if step_of(path) not in needed:
+                discarded = self.folder.path(f".{os.path.basename(path)}.partial")
+                os.rename(path, discarded)  # half deleted, it is no checkpoint
                 shutil.rmtree(discarded)
 
 
@@ -291,13 +301,6 @@ def keep_models(folder: RunFolder, config, policy, reference, tokenizer):
         save_model(folder.path("base"), base_of(policy), tokenizer)
 
 
-def optimizer_state(model, optimizer) -> dict:
-    """{"<weight>.<key>": value} of all that an optimizer remembers."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"{names[parameter]}.{key}": value for parameter, state in optimizer.state.items()
-            for key, value in state.items() if value is not None}
-
-
 # ---------------------------------------------------------------- reading it back
 
 
@@ -306,6 +309,7 @@ def merge(checkpoint, trust_remote_code=False) -> str:
     Face folder, unless it is there, and returns its name; another one of that name is put aside."""
     if not is_adapter(checkpoint):
         raise InputError(f"{checkpoint} is no checkpoint with adapters, which alone are merged")
+    check_model("adapter", checkpoint)
     run_dir, name = os.path.split(os.path.realpath(checkpoint))
     merged = os.path.join(run_dir, "merged" + name.removeprefix("step"))
     with open(os.path.join(run_dir, ".merge.lock"), "w") as lock:
@@ -314,8 +318,7 @@ def merge(checkpoint, trust_remote_code=False) -> str:
             with open(os.path.join(run_dir, name, "adapter_model.safetensors"), "rb") as file:
                 own = hashlib.file_digest(file, "sha256").hexdigest()
             if os.path.exists(merged) and read_text(os.path.join(merged, "merged_from.txt")) != own:
-                names = (f"{merged}.{number}" for number in itertools.count(1))
-                os.rename(merged, next(name for name in names if not os.path.exists(name)))
+                os.rename(merged, free_name(merged))
         if not from_first(os.path.exists(merged)):
             model, tokenizer = load_adapted(os.path.join(run_dir, name), trust_remote_code)
             save_model(merged, model, tokenizer, own if rank() == 0 else None)
@@ -384,8 +387,8 @@ def parse_state(checkpoint) -> dict:
 def read_state(checkpoint: str) -> dict:
     """The same, of a checkpoint in its run. Raises InputError also where its counters cannot be."""
     state = parse_state(checkpoint)
-    step, counters = state["step"], [state[name] for name in COUNTERS]
-    fits = all(type(x) is int for x in counters) and (
+    step, counters = state.get("step"), [state.get(name) for name in COUNTERS]
+    fits = type(state.get("config")) is dict and all(type(x) is int for x in counters) and (
         os.path.basename(os.path.realpath(checkpoint)) == f"step-{step:06d}")
     if not (fits and step <= state["examples"] <= step * state["config"]["batch_size"]):
         raise InputError(f"checkpoint {checkpoint} is damaged, trainer_state/state.json is another step's")
@@ -403,25 +406,39 @@ def check_model(key, path):
         if "is of code before" in str(error):
             return
         raise
-    if fault := find_fault(path, {name: x for name, x in files.items() if name[:14] != "trainer_state/"}):
+    if fault := fault_within(path, files, without="trainer_state/"):
         raise InputError(f"{key}={path} is damaged, {fault}: put it back, or delete its trainer_state to "
                          "take it as it is")
 
 
-def fault_of(checkpoint) -> str | None:
-    """What is wrong with a checkpoint, or with the records up to it; None: every file is what was saved."""
+def fault_of(checkpoint, is_needed=False) -> str | None:
+    """What is wrong with a checkpoint, or with the records up to it; None: every file is what was saved.
+    is_needed: it is only the opponent of another one."""
     try:
         state = read_state(checkpoint)
     except InputError as error:
         return str(error)
-    found = glob.glob("**", root_dir=checkpoint, recursive=True, include_hidden=True)
-    known = {*state["files"], "trainer_state/state.json"}
-    more = sorted(x for x in found if x not in known and not os.path.isdir(os.path.join(checkpoint, x)))
-    fault = find_fault(checkpoint, state["files"]) or (more and f"{more[0]} was not saved with it")
-    if fault:
+    if fault := fault_within(checkpoint, state["files"]):
         return f"checkpoint {checkpoint} is damaged, {fault}"
-    if fault := find_fault(os.path.dirname(checkpoint), state["records"], growing=True):
-        return f"the records up to checkpoint {checkpoint} are damaged, {fault}"
+    if is_needed:
+        return None
+    run_dir, needed = os.path.dirname(checkpoint), state["needs"]
+    if fault := find_fault(run_dir, state["beside"]) or find_fault(run_dir, state["records"], growing=True):
+        return f"what is beside checkpoint {checkpoint} is damaged, {fault}"
+    if needed not in (None, state["step"]):
+        fault = fault_of(os.path.join(run_dir, f"step-{needed:06d}"), is_needed=True)
+        return fault and f"checkpoint {checkpoint} needs another one, and {fault}"
+
+
+def fault_within(folder, files, without=None):
+    """What is wrong with a checkpoint's files, or None; without: names that begin so are not looked at."""
+    def is_left(name):
+        return bool(without) and name.startswith(without)
+    found = glob.glob("**", root_dir=folder, recursive=True, include_hidden=True)
+    more = sorted(x for x in found if x not in files and x != "trainer_state/state.json" and not is_left(x)
+                  and not os.path.isdir(os.path.join(folder, x)))
+    fault = find_fault(folder, {name: x for name, x in files.items() if not is_left(name)})
+    return fault or (f"{more[0]} was not saved with it" if more else None)
 
 
 def check_whole(checkpoint):
@@ -431,7 +448,8 @@ def check_whole(checkpoint):
     if "is of code before" in fault:
         raise InputError(fault)
     steps = checkpoints_of(os.path.dirname(checkpoint))
-    older = next((path for path in steps if path < checkpoint and not fault_of(path)), None)
+    older = steps[steps.index(checkpoint) + 1:] if checkpoint in steps else []
+    older = next((path for path in older if not fault_of(path)), None)
     raise InputError(f"{fault}: " + (
         f"resume={os.path.basename(older)} goes on from the newest that is whole" if older else
         "put it back, or start a new run, for no older one is whole"))
@@ -460,30 +478,6 @@ def restore_state(checkpoint, step, policy, optimizer, config, moved=None):
                          f"{first_line(error)}") from error
     if num_ranks() == 1 and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
-
-
-def restore_optimizer(folder, scalars, policy, optimizer, config):
-    """Reads into the optimizer what it remembered, of which each rank takes its share. A weight that never
-    had a gradient has nothing."""
-    reader = HuggingFaceStorageReader(folder)
-    kept = {*scalars, *(reader.read_metadata().state_dict_metadata if os.path.isdir(folder) else ())}
-    stepped = {name.rpartition(".")[0] for name in kept}
-    names = dict(policy.named_parameters())
-    for p in (names[name] for name in sorted(stepped)):
-        twin = torch.nn.Parameter(torch.zeros_like(p))
-        twin.grad = torch.zeros_like(p)
-        like = make_optimizer([twin], config)
-        like.step()  # which makes a state of the right form
-        optimizer.state[p] = like.state[twin]
-    state = optimizer_state(policy, optimizer)
-    if state.keys() != kept:
-        raise ValueError(f"of {len(kept)} things that the optimizer remembers it asks for {len(state)}")
-    tensors = {name: x for name, x in state.items() if torch.is_tensor(x)}
-    if tensors:
-        dcp.load(tensors, storage_reader=reader, no_dist=num_ranks() == 1)  # in place
-    for name, value in (tensors | scalars).items():
-        weight, _, key = name.rpartition(".")
-        optimizer.state[names[weight]][key] = value
 
 
 if __name__ == "__main__":

@@ -300,14 +300,14 @@ def may_change(key, lr_schedule, self_play):
     return bool(MAY_CHANGE.fullmatch(key)) or key in (free[1:] if self_play else free)  # iterations are over
 
 
-def check_kept(own, kept, lr_schedule, self_play):
+def check_kept(named, own, kept, lr_schedule, self_play):
     """Raises InputError where a run's config.yaml is not what the run was saved with.
 
-    own, kept: {dotted key: value}, of which the file may lack what has come to the schema since.
+    named: the keys that it names. own, kept: {dotted key: value}, the file's and those that were saved.
     """
     for key, value in kept.items():
-        if not may_change(key, lr_schedule, self_play) and (key not in own or own[key] != value):
-            found = f"is {own[key]!r} in it" if key in own else "is missing in it"
+        if not may_change(key, lr_schedule, self_play) and (key not in named or own[key] != value):
+            found = f"is {own[key]!r} in it" if key in named else "is missing in it"
             raise InputError(f"config.yaml is not what the run began with, {key} {found} and was {value!r}: "
                              "put it back")
 

@@ -48,7 +48,10 @@ class RunFolder:
         self.start_wandb(config, settings)
         with open(path + ".partial", "w", encoding="utf-8") as file:
             yaml.dump(settings, file, Dumper, sort_keys=False, allow_unicode=True)
+        sync(path + ".partial")  # without it no run goes on
         os.replace(path + ".partial", path)
+        sync(self.run_dir)
+        sync(os.path.dirname(self.run_dir))
 
     def start_wandb(self, config, settings):
         if config.wandb == "disabled":
@@ -106,19 +109,38 @@ class RunFolder:
         self.hashers.pop(name, None)
         return from_first(rewind_jsonl(self.path(name), keep) if rank() == 0 else None)
 
-    def cut(self, name, length) -> list[dict]:
-        """Leaves so many bytes of a file of JSON lines; returns its records, on all ranks."""
-        self.hashers.pop(name, None)
-        if rank() == 0 and os.path.exists(self.path(name)):
-            os.truncate(self.path(name), length)
-        return from_first(self.lines(name) if rank() == 0 else None)
+    def cut(self, records: dict, step) -> set[int]:
+        """Cuts what a run appends back to where it was saved, at this step or never (None), but for whole
+        evaluations of the step itself, which may have come after; returns the steps that are evaluated."""
+        def cut_one(name, keep):
+            self.hashers.pop(name, None)
+            if not os.path.exists(self.path(name)):
+                return []
+            with open(self.path(name), "rb") as file:
+                known, more = file.read(records.get(name, {"size": 0})["size"]), file.read()
+            os.truncate(self.path(name), len(known))
+            self.write(name, [line for line in parse_lines(more) if line.get("step") == step and keep(line)])
+            return self.lines(name)
+
+        def cut_all():
+            lines = cut_one("metrics.jsonl", lambda line: line.get("split") == "eval")
+            evaluated = {line["step"] for line in lines if line["split"] == "eval"}
+            cut_one("samples.jsonl", lambda line: step in evaluated)
+            return evaluated
+        return from_first(cut_all() if rank() == 0 else None)
+
+    def settings_beside(self) -> dict:
+        """digests of what is no weight of the models that the run keeps; of weights the fingerprint tells."""
+        names = [f"{folder}/{name}" for folder in ("base", "reference") if os.path.isdir(self.path(folder))
+                 for name in sorted(os.listdir(self.path(folder))) if not name.endswith(".safetensors")]
+        return digests(self.run_dir, names)
 
     def digests(self, iteration) -> dict:
         """{name: {"size": bytes, "sha256": hex}} of the records up to now, and of answers that are in use."""
         found = {}
         for name in sorted(os.listdir(self.run_dir)):
             match = re.fullmatch(r"(?:metrics|samples|rewards|generated-(\d+))\.jsonl", name)
-            if match and int(match[1] or 0) <= max(0, iteration):
+            if match and (match[1] is None or int(match[1]) <= iteration):
                 if name not in self.hashers:
                     self.hashers[name] = hash_file(self.path(name))
                 digest = self.hashers[name].hexdigest()
@@ -208,11 +230,12 @@ def writing(run_dir):
     try:
         yield
     except Exception as error:
-        if isinstance(error, InputError) or not (why := disk_fault(error)):
+        place = getattr(error, "filename", None) or run_dir
+        why = disk_fault(error)
+        if isinstance(error, InputError) or not why or not str(place).startswith(run_dir):
             raise
         latest = os.path.join(run_dir, "LATEST")
         saved = f"{os.readlink(latest)} is saved" if os.path.islink(latest) else "nothing is saved yet"
-        place = getattr(error, "filename", None) or run_dir
         raise InputError(f"{place} cannot be written, {why.lower()}: {saved}; make room there, and go on by "
                          f"resume={'true' if os.path.islink(latest) else 'auto'}") from error
 
@@ -248,6 +271,16 @@ def point(run_dir, link, name):
     os.symlink(name, temporary)
     os.replace(temporary, os.path.join(run_dir, link))
     sync(run_dir)
+
+
+def parse_lines(content: bytes) -> list[dict]:
+    """The whole records among lines of JSON."""
+    records = []
+    for line in content.splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # bytes: a crash can tear a character
+            record = json.loads(line)
+            records += [record] if line.endswith(b"\n") and isinstance(record, dict) else []
+    return records
 
 
 def rewind_jsonl(path, keep):

@@ -12,6 +12,9 @@ import sys
 import types
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedModel,
@@ -365,3 +368,49 @@ def as_steps(interval, num_rows, batch_size) -> int:
     """An interval in optimizer steps, from steps or (below 1) a fraction of an epoch; 0 stays 0: never."""
     is_fraction = 0 < interval < 1
     return max(1, round(interval * num_rows / batch_size)) if is_fraction else int(interval)
+
+
+def optimizer_state(model, optimizer) -> dict:
+    """{"<weight>.<key>": value} of all that an optimizer remembers."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{names[parameter]}.{key}": value for parameter, state in optimizer.state.items()
+            for key, value in state.items() if value is not None}
+
+
+def save_shards(tensors, folder, group):
+    """Each rank's share of tensors as safetensors; of one process without the copies that shards cost."""
+    if not tensors:
+        return
+    if num_ranks() == 1:
+        os.makedirs(folder)
+        whole = {name: x.contiguous() for name, x in tensors.items()}
+        return save_file(whole, os.path.join(folder, "shard-00001.safetensors"))
+    try:
+        writer = HuggingFaceStorageWriter(folder, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    except dcp.CheckpointException as error:  # which is no Exception
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def restore_optimizer(folder, scalars, policy, optimizer, config):
+    """Reads into the optimizer what it remembered, of which each rank takes its share. A weight that never
+    had a gradient has nothing."""
+    reader = HuggingFaceStorageReader(folder)
+    kept = {*scalars, *(reader.read_metadata().state_dict_metadata if os.path.isdir(folder) else ())}
+    stepped = {name.rpartition(".")[0] for name in kept}
+    names = dict(policy.named_parameters())
+    for p in (names[name] for name in sorted(stepped)):
+        twin = torch.nn.Parameter(torch.zeros_like(p))
+        twin.grad = torch.zeros_like(p)
+        like = make_optimizer([twin], config)
+        like.step()  # which makes a state of the right form
+        optimizer.state[p] = like.state[twin]
+    state = optimizer_state(policy, optimizer)
+    if state.keys() != kept:
+        raise ValueError(f"of {len(kept)} things that the optimizer remembers it asks for {len(state)}")
+    tensors = {name: x for name, x in state.items() if torch.is_tensor(x)}
+    if tensors:
+        dcp.load(tensors, storage_reader=reader, no_dist=num_ranks() == 1)  # in place
+    for name, value in (tensors | scalars).items():
+        weight, _, key = name.rpartition(".")
+        optimizer.state[names[weight]][key] = value

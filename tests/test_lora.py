@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (FORTY, ROOT, copy_model, latest, losses_of, made_once, make_trainer, needed, numbers,
-                      obvious_logp, read_lines, tiny_of)
+from conftest import (FORTY, ROOT, copy_model, hash_again, latest, losses_of, made_once, make_trainer,
+                      needed, numbers, obvious_logp, read_lines, tiny_of)
 from fork_rows import ROWS
 from on_ranks import on_ranks
 from peft import PeftModel
@@ -406,6 +406,9 @@ def test_peft_and_the_merged_folder_give_the_runs_logits(family, options, sft_ru
         assert (base(IDS).logits - expected).abs().max() > 0.1
         for model in (merged, PeftModel.from_pretrained(base, os.path.realpath("r/LATEST"))):
             assert torch.allclose(model(IDS).logits, expected, atol=1e-3)
+    shutil.rmtree("r/merged-000002")
+    os.truncate("r/LATEST/adapter_model.safetensors", 99)
+    assert "LATEST is damaged, adapter_model.safetensors has 99 bytes" in merge("r/LATEST")
     for folder in (f"{sft_run}/LATEST", "r/step-000009"):
         assert f"{folder} is no checkpoint with adapters" in merge(folder)
 
@@ -465,6 +468,7 @@ def test_a_merged_folder_of_another_adapter_is_put_aside(adapted):
     first = load_file("r/merged-000004/model.safetensors")
     weights = adapter("r")
     save_file({name: 2 * x for name, x in weights.items()}, "r/LATEST/adapter_model.safetensors")
+    hash_again("r/LATEST")
     engine.checkpoints.merge("r/LATEST")
     kept, other = (load_file(f"r/{name}/model.safetensors") for name in ("merged-000004.1", "merged-000004"))
     assert all(torch.equal(first[name], kept[name]) for name in first)
