@@ -126,11 +126,10 @@ def load_data_on(today, config, objective, checkpoint):
 
     if config.max_steps == 0 and not sources:
         raise InputError("max_steps=0 only evaluates and samples, and there is nothing to: name eval_data")
-    parts = {"data": train_examples} | {f"eval data {name}": part for name, part in eval_sources.items()}
-    for name, part in parts.items():
+    parts = zip(itertools.repeat("eval data"), sources, eval_sources.values())
+    for what, name, part in [("data", config.data, train_examples), *parts]:
         if not part:
-            report = reports["data" if name == "data" else "eval data"]
-            raise InputError(f"{name} leaves no row to work with: " + "; ".join(report.lines()))
+            raise InputError(f"{what} {name} leaves no row to work with: " + "; ".join(reports[what].lines()))
     tokens = hashlib.sha256(b"".join(example.fingerprint for example in train_examples))
     fingerprints = {"data": reports["data"].digest.hexdigest(), "tokens": tokens.hexdigest()}
     return RunData(train_examples, eval_sources, sample_examples, judge, fingerprints, began, reports,

@@ -45,8 +45,23 @@ def read_source(name, split, datasets):
 def read_file(path):
     try:
         return with_name(os.path.basename(path), list(FILES[ending_of(path)](path)))
-    except (OSError, EOFError, UnicodeError, csv.Error, zlib.error, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} is no {ending_of(path)} file in UTF-8: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} {find_undecodable(path)} is not UTF-8: save the file so") from error
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} is no {ending_of(path)} file: {first_line(error)}") from error
+
+
+def find_undecodable(path):
+    """The place of the first line, or row of a table, that is not UTF-8."""
+    is_table = path.endswith(".parquet")
+    open_bytes = gzip.open if path.endswith(".gz") else open
+    with open_bytes(path, "rb") as lines:
+        parts = pyarrow.parquet.read_table(path).to_batches(1) if is_table else lines
+        for number, part in enumerate(parts, 1):
+            try:
+                part.to_pylist() if is_table else part.decode()
+            except UnicodeDecodeError:
+                return f"row {number}" if is_table else f"line {number}"
 
 
 def ending_of(path):
@@ -119,11 +134,16 @@ def read_csv(path):
     """Cells are text, as they stand; a number is read where a number is needed."""
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        for row in reader:
-            if None in row or None in row.values():
-                raise csv.Error(f"line {reader.line_num} has not the header's {len(reader.fieldnames)} cells")
-            yield f"line {reader.line_num}", row
+        reader, begin = csv.DictReader(file, strict=True), 1
+        try:
+            begin = reader.fieldnames and reader.line_num + 1
+            for row in reader:
+                if None in row or None in row.values():
+                    raise csv.Error(f"it has not the header's {len(reader.fieldnames)} cells")
+                yield f"line {reader.line_num}", row
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise InputError(f"{path} line {begin} begins no row of CSV: {error}") from error
 
 
 def read_parquet(path):

@@ -68,10 +68,10 @@ def as_number(value, where, name):
         return float(str(value).lower() == "true")
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(f"{where}: column {name} is {value!r}; it must be a finite number")
+        raise InputError(f"{where}: column {name} is {repr(value)[:60]}; it must be a finite number")
     return number
 
 
@@ -98,7 +98,7 @@ def read_weights(row, names, responses, where):
                 if not (0 <= start < stop <= len(weights) and 0 <= weight < math.inf):
                     raise ValueError
                 weights[start:stop] = [float(weight)] * (stop - start)
-        except (TypeError, ValueError, IndexError, KeyError) as error:
+        except (TypeError, ValueError, OverflowError, LookupError) as error:
             raise InputError(f"{where}: column {column} must hold spans [start, stop, weight] of {name}'s "
                              f"characters, 0 <= start < stop <= {len(text) + 1} (with its end, past the last "
                              "one), and weights of at least 0") from error

@@ -1,5 +1,6 @@
 """Files of every kind: each row as it stands, with its place; what is no such file gets one sentence."""
 
+import gzip
 import json
 import os
 
@@ -70,16 +71,30 @@ def test_a_byte_order_mark_is_no_part_of_a_column(name, text):
 @pytest.mark.parametrize("name, content, said", [
     ("f.jsonl", b'{"prompt": "p", "response": "r"}\n{"prompt": \n', "f.jsonl line 2 is not JSON"),
     ("f.json", b'[{"prompt": "p"},\n 7 8]', "f.json is not JSON: .* line 2"),
-    ("f.csv", b"a,b\n1,2,3\n", "f.csv is no .csv file in UTF-8: line 2 has not the header's 2 cells"),
-    ("f.csv", b"a,b\n1,2\n1\n", "f.csv is no .csv file in UTF-8: line 3 has not the header's 2 cells"),
-    ("f.csv", b'a,b\n1,"2\n', "f.csv is no .csv file in UTF-8: unexpected end of data"),
+    ("f.csv", b"a,b\n1,2,3\n", "f.csv line 2 begins no row of CSV: it has not the header's 2 cells"),
+    ("f.csv", b"a,b\n1,2\n1\n", "f.csv line 3 begins no row of CSV: it has not the header's 2 cells"),
+    ("f.csv", b'a,b\n1,"2\n3"\n4,"5\n6,7\n', "f.csv line 4 begins no row of CSV: unexpected end of data"),
+    ("f.csv", b'a,b\n1,"2" x\n', "f.csv line 2 begins no row of CSV: ',' expected after '\"'"),
+    ("f.csv", b'a,"b\n', "f.csv line 1 begins no row of CSV: unexpected end of data"),
+    ("f.csv", b'a,b\n1,"2\n3"\n4,\xff\n', "f.csv line 4 is not UTF-8: save the file so"),
     ("f.parquet", b"nothing", "f.parquet is no .parquet file"),
-    ("f.jsonl", b'{"prompt": "\xff", "response": "r"}\n', "f.jsonl is no .jsonl file in UTF-8"),
+    ("f.jsonl", b'\xef\xbb\xbf{"prompt": "p"}\n\n{"prompt": "\xff", "response": "r"}\n',
+     "f.jsonl line 3 is not UTF-8: save the file so"),
+    ("f.jsonl.gz", gzip.compress(b'{"prompt": "p"}\n"\xff"\n'), "f.jsonl.gz line 2 is not UTF-8"),
+    ("f.json", '[{"prompt": "p"},\n "\xe9"]'.encode("latin-1"), "f.json line 2 is not UTF-8"),
+    ("f.json", '[{"prompt": "p"}]'.encode("utf-16"), "f.json line 1 is not UTF-8"),
 ])
 def test_malformed_files_stop_the_run(name, content, said):
     write_bytes(name, content)
     with pytest.raises(InputError, match=said):
         list(read_source(name, "train", data.DATASETS))
+
+
+def test_a_table_whose_text_is_not_utf8_names_the_row():
+    cells = pyarrow.array([b"p", b"q", b"\xff", b"\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": cells}), "f.parquet")
+    with pytest.raises(InputError, match="^f.parquet row 3 is not UTF-8: save the file so$"):
+        list(read_source("f.parquet", "train", data.DATASETS))
 
 
 @pytest.mark.parametrize("name, why", [

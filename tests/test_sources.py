@@ -587,3 +587,14 @@ def test_the_note_on_a_begin_token_is_true(row, template, more, is_noted, capsys
     build("data=r.jsonl", *([make_model("m", template)] if template else []), *more)
     notes = summary(capsys).get("note", [])
     assert ["begins texts with <s>" in note and "add_bos=true" in note for note in notes] == [True] * is_noted
+
+
+def test_characters_of_private_use_are_characters_and_noncharacters_are_none(run, refused):
+    private = "".join(map(chr, range(0xe000, 0xf900)))
+    make_model()
+    write_lines("p.jsonl", [{"messages": [U(private), A(private)]}] * 4)
+    run(*QUICK, "data=p.jsonl", "model=m")
+    write_lines("n.jsonl", [{"messages": [U("\ufdd0\ufdd1\ufdd2\ufdd3"), A("a")]}])
+    assert refused(*QUICK, "data=n.jsonl", "model=m", "run_dir=n").endswith(
+        "/n.jsonl leaves no row to work with: 0 of 1 rows used, 1 dropped, 0 cut to fit;   dropped 1: it "
+        "holds one of U+FDD0 to U+FDD3, which are no characters (n.jsonl line 1)")
