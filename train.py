@@ -6,7 +6,7 @@ import signal
 import sys
 
 from engine import InputError
-from engine.config import SCHEMA, read_arguments
+from engine.config import SCHEMA, check_typed, read_arguments
 
 
 def main(arguments: list[str]) -> int:
@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> int:
 
     # The settings, and the checkpoint to go on from, or None.
     config, checkpoint = load_config(given, OBJECTIVES, DATASETS)
+    check_typed(arguments, config, OBJECTIVES)
     objective = OBJECTIVES[config.loss]
     if config.dry_run:
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough

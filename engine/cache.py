@@ -5,7 +5,6 @@ import hashlib
 import math
 import os
 import secrets
-import tempfile
 import time
 
 import torch
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from engine import InputError
 from engine.batches import CACHED, REWARDS, Batcher, Example
+from engine.config import CACHE
 from engine.folder import RunFolder, disk_fault, sync
 from engine.distributed import device, from_first, num_ranks, raise_on_all_ranks, rank
 from engine.forward import response_logps
@@ -25,7 +25,7 @@ class ReferenceCache:
     """The reference's log-probabilities, in files under a key of all that decides them, to the last bit."""
 
     def __init__(self, reference, fingerprint, config, bf16):
-        self.folder = "runs/reference_cache" if config.reference_cache is True else config.reference_cache
+        self.folder = CACHE if config.reference_cache is True else config.reference_cache
         self.logps = functools.partial(response_logps, reference, bf16=bf16)
         unread = {"_name_or_path", "architectures", "dtype", "transformers_version"}
         settings = {k: v for k, v in reference.config.to_dict().items() if k not in unread}
@@ -42,8 +42,6 @@ class ReferenceCache:
         try:
             if rank() == 0:
                 os.makedirs(self.folder, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.folder):
-                    pass
         except OSError as error:
             raise InputError(f"reference_cache={self.folder} cannot be written, {error.strerror}: "
                              "name another folder, or set it to false") from error

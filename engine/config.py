@@ -4,6 +4,7 @@ import copy
 import difflib
 import functools
 import glob
+import importlib.util
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from engine import InputError
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCHEMA = os.path.join(ROOT, "config.yaml")
 PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a folder or a hub id
+CACHE = "runs/reference_cache"  # the folder of reference_cache=true
 FIELD = re.compile(r"\{([^{}]+)\}")  # in a prompt_template
 FORMER = {"attribute_template": "prompt_template"}
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
@@ -25,7 +27,10 @@ MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number and a key given twice is an error."""
+    """YAML in which numbers are decimal (010, 1_000, 23:30 are text) and a key given twice is an error."""
+
+    yaml_implicit_resolvers = {first: [kind for kind in kinds if not kind[0].endswith((":int", ":float"))]
+                               for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -42,9 +47,12 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
+NUMBERS = {"int": "0|[1-9][0-9]*",
+           "float": r"((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|\.inf|\.nan"}
 for yaml_class in (Loader, Dumper):
-    yaml_class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    for kind, form in NUMBERS.items():  # the first that fits
+        yaml_class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{kind}", re.compile(f"[-+]?({form})$"), list("-+.0123456789"))
 
 
 # ---------------------------------------------------------------- from text to values
@@ -71,6 +79,10 @@ def read_arguments(arguments: list[str]) -> dict:
             given[parent] = given.get(parent, {}) | {name: parse(text, "")}
         else:
             given |= flatten({key: parse(text, rules.get(FORMER.get(key, key), ""))}, rules)
+    name = given.get("exp_name") or ""
+    if {*name} & {"/", "\0"} or name in (".", "..") or len(name.encode(errors="replace")) > 100:
+        raise InputError(f"exp_name={name!r} names no folder in runs: give one name of at most 100 bytes, "
+                         "without /, or a place of your own by run_dir=")
     return given
 
 
@@ -84,7 +96,7 @@ def read_schema():
                 indent, key, value, rule = match.groups()
                 block = block if indent else "" if value.strip() else key + "."
                 if value.strip():
-                    rules[block + key] = rule or type(yaml.load(value, Loader)).__name__
+                    rules[block + key] = rule or type(yaml.load(value, Loader)).__name__.replace("dict", "{}")
     return flatten(read_yaml(SCHEMA), rules), rules
 
 
@@ -100,6 +112,9 @@ def read_yaml(path, provenance=False):
         raise InputError(f"config file {path} holds {type(settings).__name__}, not keys with values")
     own = () if provenance or "provenance" not in settings else (
         "provenance", "run_dir", "resume", "trust_remote_code")  # to run code nobody else can allow
+    for key in ("eval_every", "save_every") if own else ():
+        if isinstance(every := settings.get(key), float) and every % 1 == 0 and every != 1:
+            settings[key] = int(every)  # as runs wrote it when 2.0 was two steps
     return {key: value for key, value in settings.items() if key not in own}
 
 
@@ -133,13 +148,24 @@ def flatten(settings, rules, prefix=""):
         if key in rules:
             if not any(fits(value, rule) for rule in rules[key].split(" or ")):
                 raise InputError(f"{key}={value!r} is not allowed: it must be {rules[key]}")
-            flat[key] = value
-        elif isinstance(value, dict | None) and any(known.startswith(key + ".") for known in rules):
-            flat |= flatten(value or {}, rules, key + ".")
+            own = {key: value}
+        elif block := [known for known in rules if known.startswith(key + ".")]:
+            if not isinstance(value, dict | None):
+                raise InputError(f"{key}={value!r} is not allowed: {key} is a block with keys of its own, "
+                                 + ", ".join(block))
+            own = flatten(value or {}, rules, key + ".")
         else:
-            near = difflib.get_close_matches(key, rules, 1, cutoff=0)
-            raise InputError(f"{key} is no key of config.yaml; the nearest is {near[0]}")
+            raise InputError(f"{key} is no key of config.yaml" + nearest(key, rules, ": --help lists them"))
+        for twice in own.keys() & flat.keys():
+            raise InputError(f"{twice} stands twice, dotted and in its block: keep one of the two")
+        flat |= own
     return flat
+
+
+def nearest(word, words, otherwise=""):
+    """What is said of the word that was probably meant, if there is one."""
+    near = difflib.get_close_matches(word.lower(), words, 1)
+    return f"; the nearest is {near[0]}" if near else otherwise
 
 
 def fits(value, rule):
@@ -150,9 +176,9 @@ def fits(value, rule):
     kind, _, bound = rule.partition(" ")
     if kind == "float" and type(value) is int:
         value = float(value) if abs(value) < 1e300 else math.inf
-    kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "mapping": dict,
+    kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "mapping": dict, "{}": dict,
              "null": type(None)}
-    if type(value) is not kinds[kind]:
+    if type(value) is not kinds[kind] or kind == "{}" and value:
         return False
     if kind == "list":
         return len(value) > 0 and all(fits(item, bound.removeprefix("of ")) for item in value)
@@ -172,8 +198,11 @@ def as_namespace(flat, datasets):
     datasets: names that are no paths.
     """
     def resolve(path):
-        is_name = path in (None, "tiny", *datasets) or not (os.path.exists(path) or glob.glob(path))
-        return path if is_name else os.path.realpath(path)
+        if path in (None, "tiny", *datasets) or not (os.path.exists(path) or glob.glob(path)):
+            return path
+        folder, name = os.path.split(path)  # a file keeps its name: the hub's cache has links to others
+        is_file = os.path.isfile(path)
+        return os.path.join(os.path.realpath(folder), name) if is_file else os.path.realpath(path)
 
     config = types.SimpleNamespace()
     defaults, _ = read_schema()
@@ -184,7 +213,8 @@ def as_namespace(flat, datasets):
         else:
             setattr(config, key, value)
     config.exp_name = config.exp_name or config.loss
-    config.run_dir = os.path.realpath(config.run_dir or os.path.join("runs", config.exp_name))
+    config.run_dir = os.path.realpath(os.path.expanduser(
+        config.run_dir or os.path.join("runs", config.exp_name)))
     for key in (*PATHS, "data", "eval_data"):
         value = getattr(config, key)
         setattr(config, key, [resolve(item) for item in value] if isinstance(value, list) else resolve(value))
@@ -211,18 +241,16 @@ def check_config(config, objectives, knows_base=False):
     """Raises InputError for settings that do not go together; objectives: the table of losses. knows_base: a
     run goes on whose adapters say where their base is, and its model may be gone."""
     if config.loss not in objectives:
-        near = difflib.get_close_matches(config.loss, objectives, 1, cutoff=0)[0]
-        raise InputError(f"loss={config.loss} is not one of {', '.join(objectives)}; the nearest is {near}")
+        raise InputError(f"loss={config.loss} is not one of {', '.join(objectives)}"
+                         + nearest(config.loss, objectives))
     if config.truncation != "drop" and config.max_prompt_length >= config.max_length:
         raise InputError(f"max_length={config.max_length} leaves no room for a response after "
                          f"max_prompt_length={config.max_prompt_length}: raise the one or lower the other")
     if (config.compute_dtype, config.dtype) not in {(config.dtype,) * 2, ("bfloat16", "float32")}:
         raise InputError(f"compute_dtype={config.compute_dtype} does not go with dtype={config.dtype}: "
                          "make them equal, or compute in bfloat16 on float32 weights")
-    for key in ("eval_every", "save_every"):
-        every = getattr(config, key)
-        if every > 1 and every % 1:
-            raise InputError(f"{key}={every} is not allowed: whole steps, or below 1 a fraction of an epoch")
+    if config.wandb != "disabled" and not getattr(importlib.util.find_spec("wandb"), "origin", None):
+        raise InputError(f"wandb={config.wandb} needs the wandb library: pip install wandb")
     block = getattr(config, config.loss, {})
     for name, value in block.items():
         if isinstance(value, list) and len(value) != block.get("iterations", 1):
@@ -230,7 +258,17 @@ def check_config(config, objectives, knows_base=False):
                              f"iterations={block.get('iterations', 1)}: give one number, or one for each")
     check_models(config, objectives[config.loss])
     check_template(config)
-    check_folders(config, PATHS[knows_base:])  # the model is the first
+    check_folders(config, objectives[config.loss], PATHS[knows_base:])  # the model is the first
+
+
+def check_typed(arguments, config, objectives):
+    """Raises InputError for a key of another loss's block on the command line; in a file they may stand."""
+    read = {config.loss, objectives[config.loss].evaluated_as}
+    for before, argument in zip(["", *arguments], arguments):
+        key = argument.partition("=")[0]
+        block = key.partition(".")[0]
+        if block in objectives and block not in read and before != "--config":
+            raise InputError(f"{key} is not read with loss={config.loss}: leave it out, or give loss={block}")
 
 
 def check_models(config, objective):
@@ -272,7 +310,7 @@ def check_template(config):
                          "them in it")
 
 
-def check_folders(config, keys):
+def check_folders(config, objective, keys):
     """Raises InputError for a path that cannot be what its key says, before it costs any time."""
     for key in keys:
         path = getattr(config, key) or ""
@@ -284,14 +322,22 @@ def check_folders(config, keys):
             raise InputError(f"{key}={path} is no model's folder, it has no config.json: "
                              + (f"{key}={path}/LATEST is one" if is_run else "give a folder that has"))
     cache = config.reference_cache
-    if isinstance(cache, str) and os.path.lexists(cache) and not os.path.isdir(cache):
-        raise InputError(f"reference_cache={cache} is no folder: name one, or set it to true or false")
-    parent = config.run_dir
-    while not os.path.lexists(parent):
-        parent = os.path.dirname(parent)
+    cache = CACHE if cache is True and objective.needs_reference else cache
+    if isinstance(cache, str) and not os.access(existing(cache) + "/", os.W_OK):
+        raise InputError(f"reference_cache={cache} cannot be written, {existing(cache)} is in its way: name "
+                         "another folder, or set it to false")
+    parent = existing(config.run_dir)
     if not os.path.isdir(parent) or config.run_dir == ROOT:
         raise InputError(f"run_dir={config.run_dir} cannot be a run's folder, {parent} is in its place: "
                          "choose another run_dir or exp_name")
+
+
+def existing(path):
+    """A path, or where there is nothing the nearest above that exists."""
+    path = os.path.abspath(path)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def may_change(key, lr_schedule, self_play):

@@ -365,9 +365,8 @@ def learning_rate(step, num_steps, lr, config) -> float:
 
 
 def as_steps(interval, num_rows, batch_size) -> int:
-    """An interval in optimizer steps, from steps or (below 1) a fraction of an epoch; 0 stays 0: never."""
-    is_fraction = 0 < interval < 1
-    return max(1, round(interval * num_rows / batch_size)) if is_fraction else int(interval)
+    """An interval in optimizer steps: a whole number is one, 1.0 and less of an epoch; 0 stays 0: never."""
+    return max(1, round(interval * num_rows / batch_size)) if isinstance(interval, float) else interval
 
 
 def optimizer_state(model, optimizer) -> dict:

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, losses_of, make_trainer, numbers, obvious_logp,
-                      read_lines, same_weights, start, write_bare_pairs, write_lines)
+from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, config_of, losses_of, make_trainer, numbers,
+                      obvious_logp, read_lines, same_weights, start, write_bare_pairs, write_lines)
 
 import trainers
 from engine.batches import CACHED, Batcher, Example, collate
@@ -231,8 +231,16 @@ def test_a_reference_whose_folder_goes_meanwhile(dpo, run, sft_run, monkeypatch)
 def test_a_cache_that_cannot_be_written_is_refused(dpo, refused):
     cache = f"{FEW_ROWS}/cache"
     said = refused(*dpo, f"reference_cache={cache}")
-    assert said == (f"reference_cache={cache} cannot be written, Not a directory: name another folder, or "
-                    "set it to false")
+    assert said == (f"reference_cache={cache} cannot be written, {FEW_ROWS} is in its way: name another "
+                    "folder, or set it to false")
+    os.mkdir("runs")
+    write_lines("runs/reference_cache", [])
+    said = refused(*dpo, "run_dir=r", "reference_cache=true")
+    path = os.path.abspath("runs/reference_cache")
+    assert said == (f"reference_cache=runs/reference_cache cannot be written, {path} is in its way: name "
+                    "another folder, or set it to false")
+    assert os.listdir() == ["runs"] and os.listdir("runs") == ["reference_cache"]  # and no run
+    config_of("loss=sft", "reference_cache=true")  # which needs none
 
 
 # ---------------------------------------------------------------- rewards

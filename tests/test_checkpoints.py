@@ -803,6 +803,7 @@ def recorder(monkeypatch):
     def record(name):
         return lambda *arguments, **options: calls.append((name, *arguments, options)) or module
     module = types.SimpleNamespace(
+        __spec__=types.SimpleNamespace(origin="here"),
         errors=types.SimpleNamespace(Error=RuntimeError), init=record("init"), log=record("log"),
         define_metric=record("define_metric"), finish=record("finish"),
         Table=lambda columns, data: ("table", columns, data))

@@ -9,9 +9,13 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, config_of
+from conftest import ROOT, TINY_RUN, config_of
 
-from engine.config import Dumper, Loader, fits, read_schema
+import data
+import engine.config
+import train
+from engine import InputError
+from engine.config import Dumper, Loader, as_namespace, check_typed, fits, read_arguments, read_schema
 from losses import FUNCTIONS, OBJECTIVES
 
 
@@ -68,6 +72,93 @@ def test_what_a_run_writes_is_what_it_reads():
                 "data": names, "eval_data": names, "spin": {"lr": [1e-5, 5e-7], "mix_previous": True}}
     text = yaml.dump(settings, Dumper=Dumper, allow_unicode=True)
     assert yaml.load(text, Loader) == settings and "&" not in text and "é" in text
+
+
+@pytest.mark.parametrize("text, value", [
+    ("1e-5", 1e-5), ("-1", -1), ("+2.5E+3", 2500.0), (".5", 0.5), ("5.", 5.0), ("0", 0), ("-0.0", 0.0),
+    ("10", 10), ("010", "010"), ("00", "00"), ("1_0", "1_0"), ("1_0.0", "1_0.0"), ("0x10", "0x10"),
+    ("0b1", "0b1"), ("0o7", "0o7"), ("1:30", "1:30"), ("1:30.5", "1:30.5"), ("٣", "٣"), ("1e", "1e"),
+    (".", "."), ("-.inf", -math.inf)])
+def test_numbers_are_decimal_and_text_that_looks_like_one_is_quoted(text, value):
+    read = yaml.load(text, Loader)
+    assert read == value and type(read) is type(value)
+    written = yaml.dump([text, value], Dumper=Dumper, allow_unicode=True)
+    assert yaml.load(written, Loader) == [text, value]
+    assert yaml.safe_load(written)[0] == text  # by any other reader too
+
+
+def test_intervals_are_steps_or_with_a_point_of_an_epoch(run):
+    """Also in the settings of a run that began when 2.0 was two steps, and 0.0 never."""
+    for text, value in (("1", 1), ("1.0", 1.0), ("0.25", 0.25), ("0", 0)):
+        config = config_of(f"eval_every={text}", f"save_every={text}")
+        assert [repr(config.eval_every), repr(config.save_every)] == [repr(value)] * 2
+    folder = run(*TINY_RUN, "num_samples=0", "max_steps=1")
+    settings = read(f"{folder}/config.yaml")
+    assert "eval_every: 0.5\n" in settings and "save_every: 500\n" in settings
+    for eval_every, save_every in ("2.0", "1000.0"), ("0.0", "0.0"):
+        write(f"{folder}/config.yaml", settings.replace("eval_every: 0.5", f"eval_every: {eval_every}")
+              .replace("save_every: 500", f"save_every: {save_every}"))
+        config = config_of("resume=true", f"run_dir={folder}")
+        assert repr(config.eval_every) == eval_every[0] and repr(config.save_every) == save_every[:-2]
+        assert config_of("--config", f"{folder}/config.yaml", "exp_name=new").save_every == float(save_every)
+
+
+def test_keys_of_other_losses_may_stand_in_files(run):
+    """Those of SFT are read in self-play, which evaluates with it."""
+    write("mine.yaml", "dpo:\n  beta: 7\nkd.temperature: 2\n")
+    folder = run(*TINY_RUN, "num_samples=0", "max_steps=1", "--config", "mine.yaml")
+    settings = yaml.safe_load(read(f"{folder}/config.yaml"))
+    assert (settings["loss"], settings["dpo"]["beta"], settings["kd"]["temperature"]) == ("sft", 7, 2)
+    run("resume=true", f"run_dir={folder}", "eval_every=1", "sft.average=tokens")
+    check_typed(["loss=spin", "sft.average=examples", "spin.beta=1", "--config", "dpo.beta=1.yaml"],
+                config_of("loss=spin"), OBJECTIVES)
+
+
+def test_an_empty_block_has_no_keys(monkeypatch):
+    """A fork's loss without settings."""
+    write("schema.yaml", read("config.yaml") + "mine: {}\n")
+    monkeypatch.setattr(engine.config, "SCHEMA", os.path.abspath("schema.yaml"))
+    monkeypatch.setattr(engine.config, "read_schema", engine.config.read_schema.__wrapped__)
+    write("mine.yaml", "mine: {}\n")
+    assert as_namespace(read_arguments(["--config", "mine.yaml"]), []).mine == {}
+    assert as_namespace(read_arguments([]), []).mine == {}
+    for text, said in (("mine={a: 1}", r"mine={'a': 1} is not allowed: it must be {}"),
+                       ("mine.a=1", "mine.a is no key of config.yaml")):
+        with pytest.raises(InputError, match=said):
+            read_arguments([text])
+
+
+def test_a_tilde_is_home(monkeypatch):
+    monkeypatch.setenv("HOME", os.path.abspath("home"))
+    assert config_of("run_dir=~/x").run_dir == os.path.abspath("home/x")
+    assert config_of("exp_name=~").run_dir == os.path.abspath("runs/~")
+    assert config_of("exp_name=" + 50 * "é").run_dir == os.path.abspath("runs/" + 50 * "é")
+
+
+def test_a_link_to_a_file_keeps_its_name():
+    """As in the hub's cache, where files are links to others without an ending."""
+    os.makedirs("snapshots/abc")
+    os.makedirs("blobs")
+    write("blobs/0123", '{"prompt": "p", "response": "r"}\n')
+    for name in ("train.jsonl", "other.jsonl"):
+        os.symlink("../../blobs/0123", f"snapshots/abc/{name}")
+    os.symlink("snapshots", "short")
+    config = config_of("data=short/abc/train.jsonl", "eval_data=[short/abc]", "model=tiny")
+    assert config.data == os.path.abspath("snapshots/abc/train.jsonl")
+    assert config.eval_data == [os.path.abspath("snapshots/abc")]
+    rows, _ = data.load_rows([config.data, *config.eval_data], "train", OBJECTIVES["sft"])
+    assert [row.where for row in rows] == ["train.jsonl line 1", "other.jsonl line 1", "train.jsonl line 1"]
+
+
+def test_an_absent_wandb_is_said_before_a_model_is_loaded(monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(train, "build_trainer", None)
+    assert refused("wandb=offline") == "wandb=offline needs the wandb library: pip install wandb"
+    monkeypatch.delitem(sys.modules, "wandb")
+    os.mkdir("wandb")  # which Python would import, if it found nothing else
+    monkeypatch.setattr(sys, "path", [os.getcwd()])
+    assert refused("wandb=online") == "wandb=online needs the wandb library: pip install wandb"
+    assert not os.path.exists("runs")
 
 
 def test_every_key_has_a_rule_that_its_default_obeys():
@@ -127,7 +218,7 @@ def test_rules(value, rule, allowed):
 @pytest.mark.parametrize("text, said", [
     ("lr: 1\nlr: 2\n", "the key lr stands twice"), ("- a\n", "config file mine.yaml holds list"),
     ("a: [", "config file mine.yaml is not YAML"), ("dpo:\n  gamma: 1\n", "dpo.gamma is no key"),
-    ("batch_size: '4'\n", "batch_size='4' is not allowed"), ("dpo: 3\n", "dpo is no key")])
+    ("batch_size: '4'\n", "batch_size='4' is not allowed"), ("dpo: 3\n", "dpo is a block with keys of")])
 def test_bad_files_of_settings(text, said, refused):
     write("mine.yaml", text)
     assert said in refused("--config", "mine.yaml")

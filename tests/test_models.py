@@ -263,4 +263,5 @@ def test_warmup_longer_than_the_run():
 
 
 def test_intervals():
-    assert [as_steps(x, 100, 8) for x in (0, 1, 7, 0.5, 0.001)] == [0, 1, 7, 6, 1]
+    """Of 100 rows, 12.5 steps: whole numbers are steps, and with a point a fraction of an epoch."""
+    assert [as_steps(x, 100, 8) for x in (0, 1, 7, 0.5, 0.001, 1.0)] == [0, 1, 7, 6, 1, 12]

@@ -21,10 +21,36 @@ import train
 from losses import OBJECTIVES
 
 BAD_INPUT = [  # arguments, and what is said
-    (["learning_rate=1"], "learning_rate is no key of config.yaml; the nearest is "),
+    (["learning_rate=1"], "learning_rate is no key of config.yaml: --help lists them"),
     (["btach_size=1"], "btach_size is no key of config.yaml; the nearest is batch_size"),
     (["dpo.betta=1"], "dpo.betta is no key of config.yaml; the nearest is dpo.beta"),
-    (["dpo=3"], "dpo is no key of config.yaml"),
+    (["LR=1"], "LR is no key of config.yaml; the nearest is lr"),
+    (["loss=dpo", "dpo=0.1"], "dpo=0.1 is not allowed: dpo is a block with keys of its own, dpo.beta, "
+     "dpo.label_smoothing, dpo.sft_weight"),
+    (["--config", "block.yaml"],
+     "fsdp=True is not allowed: fsdp is a block with keys of its own, fsdp.replicas"),
+    (["--config", "twice.yaml"], "dpo.beta stands twice, dotted and in its block: keep one of the two"),
+    (["--config", "twice2.yaml"], "dpo.beta stands twice, dotted and in its block: keep one of the two"),
+    (["dpo.beta=7"], "dpo.beta is not read with loss=sft: leave it out, or give loss=dpo"),
+    (["loss=ipo", "--config", "dpo.yaml", "dpo={beta: 7}"], "dpo is not read with loss=ipo: leave it out"),
+    (["loss=spin", "rm.center_weight=1"], "rm.center_weight is not read with loss=spin: leave it out"),
+    (["dry_run=true", "loss=kd", "reference=run2", "dpo.beta=7"], "dpo.beta is not read with loss=kd"),
+    (["max_hours=23:30"], "max_hours='23:30' is not allowed: it must be float > 0 or null"),
+    (["seed=010"], "seed='010' is not allowed: it must be int in [0, 4294967295]"),
+    (["lr=1_000"], "lr='1_000' is not allowed: it must be float >= 0"),
+    (["lr=1_0.5"], "lr='1_0.5' is not allowed: it must be float >= 0"),
+    (["lr=01.5"], "lr='01.5' is not allowed: it must be float >= 0"),
+    (["batch_size=0x10"], "batch_size='0x10' is not allowed: it must be int >= 1"),
+    (["batch_size=0b10"], "batch_size='0b10' is not allowed: it must be int >= 1"),
+    (["spin.beta=[0.1,1_0]"], "spin.beta=[0.1, '1_0'] is not allowed: it must be float > 0 or list of"),
+    (["--config", "hours.yaml"], "max_hours='1:30' is not allowed: it must be float > 0 or null"),
+    (["--config", "octal.yaml"], "seed='010' is not allowed: it must be int in [0, 4294967295]"),
+    (["exp_name=a/b"], "exp_name='a/b' names no folder in runs: give one name of at most 100 bytes, without "
+     "/, or a place of your own by run_dir="),
+    (["exp_name=.."], "exp_name='..' names no folder in runs: give one name of at most 100 bytes"),
+    (["exp_name=."], "exp_name='.' names no folder in runs: give one name of at most 100 bytes"),
+    (["exp_name=" + 50 * "é" + "x"], "éx' names no folder in runs: give one name of at most 100 bytes"),
+    (["loss=DPO"], f"loss=DPO is not one of {', '.join(OBJECTIVES)}; the nearest is dpo"),
     (["--lr=3"], "'--lr=3' is not understood"),
     (["fast"], "'fast' is not understood"),
     (["--config"], "'--config' is not understood"),
@@ -55,7 +81,11 @@ BAD_INPUT = [  # arguments, and what is said
     (["lr=fast"], "lr='fast' is not allowed"),
     (["num_epochs=0"], "num_epochs=0 is not allowed: it must be float > 0"),
     (["max_steps=-1"], "max_steps=-1 is not allowed: it must be int >= 0 or null"),
-    (["eval_every=1.5"], "eval_every=1.5 is not allowed: whole steps, or below 1 a fraction of an epoch"),
+    (["eval_every=1.5"], "eval_every=1.5 is not allowed: it must be int >= 0 or float in (0, 1]"),
+    (["eval_every=2.0"], "eval_every=2.0 is not allowed: it must be int >= 0 or float in (0, 1]"),
+    (["save_every=0.0"], "save_every=0.0 is not allowed: it must be int >= 0 or float in (0, 1]"),
+    (["save_every=-1"], "save_every=-1 is not allowed: it must be int >= 0 or float in (0, 1]"),
+    (["save_every=1e3"], "save_every=1000.0 is not allowed: it must be int >= 0 or float in (0, 1]"),
     (["dpo.beta=0"], "dpo.beta=0 is not allowed: it must be float > 0"),
     (["ipo.beta=-0.1"], "ipo.beta=-0.1 is not allowed: it must be float > 0"),
     (["dpo.label_smoothing=0.5"], "dpo.label_smoothing=0.5 is not allowed: it must be float in [0, 0.5)"),
@@ -78,12 +108,18 @@ BAD_INPUT = [  # arguments, and what is said
     (["data=typed.jsonl"], "typed.jsonl line 1: column response is 3; it must be text"),
     (["data=pairs.jsonl", "loss=rpo"], "pairs.jsonl line 1: the objective needs a column chosen_reward"),
     (["data=chat.jsonl"], "lists of messages, but the tokenizer has no chat template"),
-    (["data=empty.jsonl"], "data leaves no row to work with: 0 of 0 rows used"),
+    (["data=empty.jsonl"], "/empty.jsonl leaves no row to work with: 0 of 0 rows used"),
+    (["data=[empty.jsonl,blank.jsonl]"], "/blank.jsonl'] leaves no row to work with: 0 of 1 rows used"),
     (["data=blank.jsonl"],
-     "data leaves no row to work with: 0 of 1 rows used, 1 dropped, 0 cut to fit;   dropped 1: "
+     "/blank.jsonl leaves no row to work with: 0 of 1 rows used, 1 dropped, 0 cut to fit;   dropped 1: "
      "response is white space only (blank.jsonl line 1)"),
     (["data=single.jsonl", "eval_data=blank.jsonl"],
-     "eval data blank leaves no row to work with: 0 of 1 rows used, 1 dropped"),
+     "/blank.jsonl leaves no row to work with: 0 of 1 rows used, 1 dropped"),
+    (["data=huge.jsonl", "loss=rpo"], "huge.jsonl line 1: column chosen_reward is 1" + 59 * "0"
+     + "; it must be a finite number"),
+    (["data=heavy.jsonl"],
+     "heavy.jsonl line 1: column response_weights must hold spans [start, stop, weight]"),
+    (["data=latin.csv"], "/latin.csv line 3 is not UTF-8: save the file so"),
     (["model=none/there/LATEST"], "model=none/there/LATEST: there is no such folder"),
     (["model=nobody/nothing"], "the tokenizer of nobody/nothing cannot be loaded"),
     (["model=notes"], "notes is no model's folder"),
@@ -92,7 +128,10 @@ BAD_INPUT = [  # arguments, and what is said
      "add_bos=true, but the tokenizer of tiny has no begin-of-sequence token"),
     (["max_length=4096", "data=single.jsonl"], "max_length=4096 is beyond the 2048 positions of tiny"),
     (["attention=sdpaa", "data=single.jsonl"], "the model tiny cannot be loaded"),
-    (["loss=dpo", "reference_cache=single.jsonl"], "reference_cache=single.jsonl is no folder: name one"),
+    (["loss=dpo", "reference_cache=single.jsonl"],
+     "/single.jsonl is in its way: name another folder, or set it to false"),
+    (["loss=dpo", "reference_cache=single.jsonl/cache"],
+     "reference_cache=single.jsonl/cache cannot be written, "),
     (["exp_name=taken"], "taken holds a run already: start it over by resume=auto"),
     (["data=single.jsonl", "max_steps=0"], "max_steps=0 only evaluates and samples, and there is nothing to"),
     (["resume=true"], "has no complete checkpoint to resume"),
@@ -122,8 +161,8 @@ BAD_INPUT = [  # arguments, and what is said
      "notes is no model's folder, it has no config.json: give a folder that has"),
     (["prompt_template={prompt} {quality:.1f} {"], "has braces that hold no name"),
     (["data=single.jsonl", "prompt_template="],
-     "data leaves no row to work with: 0 of 1 rows used, 1 dropped, 0 cut to fit;   dropped 1: "
-     "the prompt is empty"),
+     "/single.jsonl leaves no row to work with: 0 of 1 rows used, 1 dropped, 0 cut to fit;   dropped 1: the "
+     "prompt is empty"),
     (["prompt_template=[{attributes}] {prompt:{x}}"], "has braces that hold no name"),
     (["prompt_template={prompt} {attributes}", "sample_attributes.prompt=x"],
      "are not read by prompt_template"),
@@ -154,13 +193,20 @@ def bad_files():
     files = {"bad.jsonl": '{"prompt": "p", "response": "r"}\n{"prompt" "p"}\n', "empty.jsonl": "",
              "half.jsonl": '{"prompt": "p", "response": "\\ud83d"}\n', "run2/config.json": "{}",
              "runs/mine/config.yaml": "mine: 1\n", "runs/taken/config.yaml": "loss: sft\n",
-             "former.yaml": "attribute_template: '{prompt} {quality}'\n"}
+             "former.yaml": "attribute_template: '{prompt} {quality}'\n", "block.yaml": "fsdp: true\n",
+             "twice.yaml": "loss: dpo\ndpo.beta: 1\ndpo:\n  beta: 1\n", "hours.yaml": "max_hours: 1:30\n",
+             "twice2.yaml": "dpo:\n  beta: 1\ndpo.beta: 1\n", "octal.yaml": "seed: 010\n",
+             "dpo.yaml": "dpo.beta: 3\n",
+             "huge.jsonl": json.dumps(pair | {"chosen_reward": 10**400, "rejected_reward": 0}),
+             "heavy.jsonl": json.dumps(
+                 {"prompt": "p", "response": "r", "response_weights": [[0, 1, 10**400]]})}
     files |= {f"corrupt/{name}.json": "[]" for name in ("config", "tokenizer", "tokenizer_config")}
     for name in ("notes", "corrupt", "run2", "run/LATEST", "runs/mine", "runs/taken"):
         os.makedirs(name)
     for name, text in files.items():
         pathlib.Path(name).write_text(text)
     pathlib.Path("latin.yaml").write_bytes("exp_name: \xe9\n".encode("latin-1"))
+    pathlib.Path("latin.csv").write_bytes("prompt,response\np,r\np,\xe9\n".encode("latin-1"))
 
 
 @pytest.fixture
