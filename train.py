@@ -92,6 +92,7 @@ def build_trainer(config, checkpoint: str | None = None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a screen cannot show ends no run
     if {"--help", "-h"} & set(sys.argv[1:]):
         with open(SCHEMA, encoding="utf-8") as schema:
             print(schema.read(), end="")

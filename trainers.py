@@ -147,7 +147,7 @@ class Trainer:
             if self.step >= self.last_step:
                 return
             metrics = self.train_step()
-            if self.step % self.config.log_every == 0:
+            if self.step % self.config.log_every == 0 or self.is_finished:
                 self.log("train", metrics)
             advance(self.bar, metrics)
 
@@ -260,10 +260,9 @@ class Trainer:
 
     def sample(self) -> dict[str, float]:
         """Policy and reference answer the same prompts: metrics over all, num_samples of them are shown."""
-        sampler, kl = self.sampler, None
+        sampler, reference, kl = self.sampler, self.first_reference, None
         answers = {"policy": sampler.answers(self.policy)}  # lists of ids
         scores = {"policy": sampler.scores(answers["policy"])}  # {name: float} of each
-        reference = self.first_reference
         if reference and not self.objective.in_stages:  # there it is another in each iteration
             if self.reference_waits:
                 reference.to(device())

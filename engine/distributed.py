@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import datetime
+import errno
 import functools
 import os
 import shutil
@@ -135,11 +136,15 @@ class StopRequest:
 
     @contextlib.contextmanager
     def catch_signals(self):
-        """SIGTERM and SIGINT ask for a stop at the next step; a second SIGINT stops at once."""
+        """SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless it is ignored, ask for a stop at the next step; a
+        second SIGINT stops at once."""
         def ask(number, frame):
             self.reason = self.reason or number
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+            leave_closed_terminal()
+        numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
+        numbers -= {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        before = {number: signal.signal(number, ask) for number in numbers}
         try:
             yield
         finally:
@@ -153,6 +158,16 @@ class StopRequest:
         if agreed := max_over_ranks(self.reason):  # a signal that comes meanwhile waits for the next check
             self.reason = agreed
             raise Stopped
+
+
+def leave_closed_terminal():
+    """Sends what is printed nowhere if its terminal is gone, where printing would fail and end the save."""
+    for stream in (1, 2):
+        try:
+            os.get_terminal_size(stream)
+        except OSError as error:
+            if error.errno == errno.EIO:  # not ENOTTY, which is a file's or a pipe's
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 # ---------------------------------------------------------------- weights in shards

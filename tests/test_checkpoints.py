@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import pty
 import random
 import re
 import shutil
@@ -22,8 +23,8 @@ import types
 
 import pytest
 import torch
-from conftest import (FORTY, copy_model, hash_again, latest, losses_of, made_once, make_trainer, needed,
-                      num_lines, numbers, read_lines, same_weights, tiny_of, wait_for, write_bare_pairs,
+from conftest import (FORTY, ROOT, copy_model, hash_again, latest, losses_of, made_once, make_trainer,
+                      needed, num_lines, numbers, read_lines, same_weights, tiny_of, wait_for, write_bare_pairs,
                       write_lines)
 from on_ranks import answers, begin, kill, on_ranks
 from safetensors.torch import load_file, save_file
@@ -662,7 +663,9 @@ def test_self_play_killed_in_every_phase(sft_run, refused):
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129),
+    (signal.SIGUSR1, 128 + signal.SIGUSR1)])  # which is another number on macOS
 def test_signals_save_and_leave(number, status, run):
     job = begin(1, *RUN, "max_steps=100000", "num_epochs=99999", "run_dir=r", function="script")
     assert kill(job, lambda: num_lines("r/metrics.jsonl") > 3, number=number) == status
@@ -671,6 +674,20 @@ def test_signals_save_and_leave(number, status, run):
     assert "python train.py resume=true run_dir=r" in out and numbers("r")[-1]["step"] == step > 3
     run("resume=true", "run_dir=r", f"max_steps={step + 1}")
     assert latest("r") == step + 1
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_closed_terminal_saves_and_leaves():
+    """Nothing can be printed then."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, f"{ROOT}/train.py", *RUN, "max_steps=100000",
+                                  "num_epochs=99999", "run_dir=r"])
+    while num_lines("r/metrics.jsonl") < 4:
+        os.read(terminal, 2**16)  # fails if it has ended
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    assert latest("r") == numbers("r")[-1]["step"] > 3
 
 
 def test_a_signal_stops_an_evaluation_which_is_made_up_for(run, monkeypatch):

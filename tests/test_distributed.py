@@ -360,6 +360,19 @@ def test_a_request_to_stop():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.parametrize("number, ignored", [
+    (signal.SIGHUP, False), (signal.SIGHUP, True), (signal.SIGUSR1, False)])
+def test_a_hangup_asks_for_a_stop_unless_it_is_ignored(number, ignored):
+    before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    stop = StopRequest(None)
+    try:
+        with stop.catch_signals():
+            signal.raise_signal(number)
+        assert stop.reason == (0 if ignored else number)
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_signal_while_ranks_agree_is_not_lost(monkeypatch):
     """It comes when this rank has said that it has none, and counts at the next step."""
     stop = StopRequest(None)

@@ -1,10 +1,12 @@
 """What the person sees: the rows' report, the summary, evaluations, samples and the closing table."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import DATA, FEW_ROWS, TINY_RUN, make_trainer, write_lines
+from conftest import DATA, FEW_ROWS, ROOT, TINY_RUN, make_trainer, write_lines
 
 import engine.report
 from engine.report import Report, notes_of, print_results, print_samples
@@ -80,6 +82,17 @@ def test_samples_are_cut_to_what_a_terminal_shows(capsys):
     assert capsys.readouterr().out == (
         f"\nsample 1 of 2 at step 7\nprompt{'':<16}... {'b' * 300}\npolicy{'':<16}{'c' * 300} ...\n"
         f"reward{'':<16}1.5\n\nsample 2 of 2 at step 7\nprompt{'':<16}one two\npolicy{'':<16}\ufffd[2Jx\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_screen_that_cannot_print_a_sample_ends_no_run(encoding):
+    write_lines("é.jsonl", [{"prompt": "é\U0001f600", "response": "字"}] * 4)
+    done = subprocess.run(
+        [sys.executable, os.path.join(ROOT, "train.py"), *TINY_RUN, "data=é.jsonl", "eval_data=é.jsonl",
+         "max_steps=1"], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    output = done.stdout.decode(encoding)
+    assert "\\U0001f600" in output and "[[\\u5b57" in output and "sample 1 of" in output
 
 
 @pytest.mark.parametrize("saved, loss, key", [

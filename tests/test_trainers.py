@@ -451,6 +451,13 @@ def test_every_held_out_example_counts_once(count, batch, exact_norms):
         assert line[name] == pytest.approx(sum(m[name].item() for _, m in values) / count, rel=1e-9)
 
 
+def test_the_last_step_is_logged(run):
+    folder = run(*TINY_RUN, "num_samples=0", "eval_every=0", "log_every=100", "lr_schedule=constant")
+    assert [line["step"] for line in read_lines(f"{folder}/metrics.jsonl")] == [3]
+    run("resume=true", f"run_dir={folder}", "max_steps=7", "log_every=2")
+    assert [line["step"] for line in read_lines(f"{folder}/metrics.jsonl")] == [3, 4, 6, 7]
+
+
 def test_what_is_written(run):
     folder = run(*TINY_RUN, "loss=dpo", "max_steps=4", "eval_every=2", "dpo.sft_weight=0.1", "log_every=2",
                  "lr=0.05", "warmup_steps=0")
