@@ -92,8 +92,9 @@ class Trainer:
         models = [pair for pair in models.items() if pair[0]]  # policy and reference may be one, or some None
         examples = [*self.data.train_examples, *self.data.eval_examples]  # of which some are tried
         self.measured = known_before(checkpoint and read_state(checkpoint)["measured"], config)
+        drawn = max(config.sample_max_tokens, getattr(config, config.loss, {}).get("max_tokens", 0))
         layouts = choose_layouts(
-            config.layout, models, examples, config.compute_dtype == "bfloat16", self.measured)
+            config.layout, models, examples, config.compute_dtype == "bfloat16", self.measured, drawn)
         goes = config.reference_cache and can_cache(self.objective) and self.uses_every_row
         moves = self.objective.moves_reference and not self.objective.in_stages  # beside the first one
         frozen = [model for model in (*[reference] * (1 + moves - goes), reward_model) if model]

@@ -1,6 +1,7 @@
 """What does a token see? Masks of shared rows, and attention of packed rows without any."""
 
 import contextlib
+import functools
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -20,8 +21,10 @@ def attention_of(model, batch: Batch):
 
     The rule (causal, a sliding window, ...) is asked with the positions in the response's own sequence. The
     decoder is given a mask of ones, so that transformers looks for no packing of its own, for which a GPU
-    would be waited for; it ends here: padding is on the right, where causal attention never looks.
+    would be waited for; it ends here: padding is on the right, where causal attention never looks. LongRoPE,
+    whose factors are those of the longest position that it is given, is given one row after another.
     """
+    rotaries = [x for x in model.modules() if "longrope" in str(getattr(x, "rope_type", ""))]
     name, segments = model.config._attn_implementation, batch.segments
     make_mask = MASKS[name] if name in MASKS else None
 
@@ -41,11 +44,21 @@ def attention_of(model, batch: Batch):
 
     if make_mask:
         MASKS[name] = make_own_mask
+    for rotary in rotaries:
+        rotary.forward = functools.partial(turn_by_row, rotary.forward, batch.positions)
     try:
         yield
     finally:
         if make_mask:
             del MASKS[name]  # the override, not transformers' own entry
+        for rotary in rotaries:
+            del rotary.forward
+
+
+def turn_by_row(forward, positions, x, position_ids, *more, **options):
+    """Cosines and sines of a rotary embedding at positions (R, T), a row at a time."""
+    parts = [forward(x, row, *more, **options) for row in positions.split(1)]
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def as_bias(mask, dtype):

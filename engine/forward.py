@@ -26,6 +26,7 @@ from engine.lora import as_asked
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # that exist at once: of a chunk, a GPU reads the whole head
 ATTENTION_COST = 3.0  # a multiply-add in attention against one in a matrix product, by a CPU's clock
+DISTURBANCE, MARGIN = 2**-20, 4  # 16 times what float32 rounds by; see why_not_shared
 
 
 # ---------------------------------------------------------------- log-probabilities and scores
@@ -176,16 +177,16 @@ def as_float(values):
 
 
 def choose_layouts(setting: str, models: list[tuple], examples: list[Example], bf16=False,
-                   measured=None) -> tuple[Layout, ...]:
+                   measured=None, drawn=0) -> tuple[Layout, ...]:
     """The layouts that microbatches may have: separate rows, shared ones, the cheaper each time, or packed.
 
     setting: `separate`, `shared` or `auto`. models: (model, response_logps or response_scores) pairs, the
     policy's first; of several ranks the first tries them on the examples, and its answer counts. bf16:
     whether they compute in bfloat16. measured: a dict, where what is found on a GPU is noted, or known from
-    before. Raises InputError where setting=shared is not possible.
+    before. drawn: tokens that an answer may get. Raises InputError where setting=shared is not possible.
     """
     measured = {} if measured is None else measured
-    layouts = from_first(try_layouts(setting, models, examples, bf16, measured))
+    layouts = from_first(try_layouts(setting, models, examples, bf16, measured, drawn))
     if layouts != (PACKED,):
         sdpa_instead(models)
     elif device().type == "cuda" and num_ranks() == 1:
@@ -201,25 +202,28 @@ def sdpa_instead(models):
 
 
 @raise_on_all_ranks
-def try_layouts(setting, models, examples, bf16, measured):
+def try_layouts(setting, models, examples, bf16, measured, drawn):
     """choose_layouts on the first rank; the others have no weights yet."""
-    if setting == "separate" or rank() > 0:
+    if rank() > 0:
         return (SEPARATE,)
     policy = models[0][0]
     with at_hand([model for model, _ in models]):
-        if policy.config._attn_implementation == "varlen":
+        if setting != "separate" and policy.config._attn_implementation == "varlen":
             if "not packed" not in measured:
-                reasons = (why_not_packed(*pair, examples, bf16) for pair in models)
+                reasons = (why_not_packed(*pair, examples, bf16, drawn) for pair in models)
                 measured["not packed"] = next(filter(None, reasons), None)
             if measured["not packed"] is None:
                 return (PACKED,)
             print(f"attention  sdpa: with varlen there is a model {measured['not packed']}")
             sdpa_instead(models)
-        reason = next(filter(None, (why_not_shared(*pair, examples, SHARED) for pair in models)), None)
+        layout = SEPARATE if setting == "separate" else SHARED
+        reasons = [why_not_shared(*pair, examples, drawn, layout) for pair in models]
+        reason = next(filter(None, reasons), None)
         if reason and setting == "shared":
             raise InputError(f"layout=shared is not possible with this model, {reason}: use layout=auto")
-        if reason:
+        if reason and setting == "auto":
             print(f"layout     separate, {reason}")
+        if reason or setting == "separate":
             return (SEPARATE,)
         if setting == "shared":
             return (SHARED,)
@@ -305,67 +309,115 @@ def at_hand(models):
         torch.cuda.empty_cache()  # copies in float32
 
 
-def why_not_packed(model, response_values, examples, bf16):
+def why_not_packed(model, response_values, examples, bf16, drawn):
     """Why packed rows are not right, or None: why_not_shared, and on a GPU torch's kernel by itself."""
-    reason = why_not_shared(model, response_values, examples, PACKED, bf16)
+    reason = why_not_shared(model, response_values, examples, drawn, PACKED, bf16)
     error = kernel_error(model.config.get_text_config()) if device().type == "cuda" and not reason else 0
     return reason if error < 0.05 else f"for whose heads torch's kernel is off by {error:.1e}"
 
 
 @torch.no_grad()
-def why_not_shared(model, response_values, examples, layout=SHARED, bf16=False):
-    """Why shared rows give this model other numbers than separate ones, or None: tried on three examples.
+def why_not_shared(model, response_values, examples, drawn=0, layout=SHARED, bf16=False):
+    """Why this layout gives a model other numbers than separate rows, or None; tried on pairs_to_try.
 
-    The responses' values must agree, and one's must not move with another's tokens: those of the longest
-    example in a row of its own, and of the two shortest, in one if they fit; each no longer than the model's
-    rule of attention looks, and 256 tokens. In float32; with bf16 as far as separate rows agree with that.
+    After each layer the states that predict response tokens are compared: there a wrong rule shows, however
+    flat the predictions are. They may differ as far as separate rows' do when every layer's output is changed
+    by DISTURBANCE of itself; all in float32. With bf16 as far as bfloat16's do from these. Raises InputError
+    if separate rows are not right either, as a row's states depend on the rows beside it.
     """
-    limit = 256 + reach(model.config.get_text_config())
+    def read(pairs, layout=SEPARATE, bf16=False, disturbance=0.0):
+        batch = collate(pairs, layout=layout).to(model.device)
+        with layer_states(model, batch, disturbance) as states:
+            response_values(model, batch, bf16)
+        return states
 
-    def backwards(example, k):
-        responses = [ids[:limit // 2] for ids in (*example.responses[:1], example.responses[-1])]
-        responses[k] = responses[k][::-1].copy()
-        return dataclasses.replace(example, prompt=example.prompt[-(limit // 2):], columns={},
-                                   responses=tuple(responses), token_weights=None)
-    ordered = sorted(examples, key=lambda example: example.num_tokens)
-    pairs = [backwards(example, 1) for example in (ordered[-1], *ordered[:2])]
-    others = [backwards(pair, 0) for pair in pairs[:2]] + pairs[2:]
-
-    def read(rows, layout, bf16):
-        return response_values(model, collate(rows, layout=layout).to(model.device), bf16)
-    was_training = model.training
-    model.eval()
-    try:
+    def compare(pairs):
+        """How far off a short row beside a longer one is, and this layout: times what rounding does."""
         if layout.packed:
             model.set_attn_implementation("sdpa")
         with in_float32(model):
-            exact = read(pairs, SEPARATE, False)
-        apart = read(pairs, SEPARATE, True) if bf16 else exact
+            exact, disturbed, alone = read(pairs), read(pairs, disturbance=DISTURBANCE), read(pairs[1:])
+        apart = read(pairs, bf16=True) if bf16 else exact
         if layout.packed:
             model.set_attn_implementation("varlen")
         with contextlib.nullcontext() if bf16 else in_float32(model):
-            together, moved = read(pairs, layout, bf16), read(others, layout, bf16)
+            together = read(pairs, PACKED if layout.shared else SEPARATE, bf16)  # in one row
+        places = np.repeat([False, True] * 2, [len(pair.responses[k]) for k in (0, 1) for pair in pairs])
+        beside = excess(alone, *([x[places] for x in states] for states in (exact, disturbed)))
+        return beside, excess(together, apart, exact if bf16 else disturbed)
+    pairs, was_training = pairs_to_try(model, examples, drawn), model.training
+    model.eval()
+    try:
+        beside, error = compare(pairs)
+        if not max(beside, error) < MARGIN:  # or rounding gave a token to another expert: on other rows too?
+            pairs = [dataclasses.replace(pair, prompt=pair.prompt[::-1].copy()) for pair in pairs]
+            beside, error = map(min, (beside, error), compare(pairs))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may refuse positions or masks in its own way
         return f"which does not take shared prompts: {first_line(error)}"
     finally:
         model.train(was_training)
-    scale = apart.abs().clamp(min=1)
-    error, own = (((x - apart).abs() / scale).max().item() for x in (together, exact))
-    if not error < 1e-4 + 4 * own:  # own: of bfloat16
-        return f"whose numbers in shared rows are off by {error:.1e}"
-    change = (together - moved).abs() / scale
-    leak = max(change[1].max().item(), change[:, 2:].amax(0).sum().item())
-    return f"in which one response sees another (by {leak:.1e})" if leak > 1e-5 else None
+    if not beside < MARGIN:
+        raise InputError(f"{model.config.model_type} says other things of a row where a longer one is beside "
+                         f"it, {beside:.0e} times what rounding does: lower max_length, or choose another")
+    return None if error < MARGIN else (
+        f"whose numbers in shared rows are off, {error:.0e} times what rounding does")
 
 
-def reach(config):
-    """Tokens after which a model's rule may change: its windows and chunks, and where longrope does."""
-    settings = config.to_dict()
-    names = [name for name in settings if "window" in name or "chunk" in name or (
-        name == "original_max_position_embeddings" and "longrope" in str(settings))]
-    return max((settings[name] for name in names if isinstance(settings[name], int)), default=0)
+def pairs_to_try(model, examples, drawn):
+    """Two pairs: one with the longest row that may come, answers of `drawn` tokens counted, for a rule may
+    act only at a distance; and one of few tokens. Second responses are backwards, so that they are others."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
+    longest = max(examples, key=lambda x: len(x.prompt) + max(drawn, *map(len, x.responses)))
+    left, few = positions - len(longest.prompt), min(32, positions // 2)
+    size = max(*map(len, longest.responses), min(drawn, left))
+    room = max(x.num_tokens for x in examples) - len(longest.prompt) - size
+
+    def pair(example, prompt, *sizes):
+        ids = max(example.responses, key=len)
+        responses = np.resize(ids, sizes[0]), np.resize(ids[::-1], sizes[1])
+        return Example(example.where, prompt, responses, {})
+    other = examples[len(examples) // 2]
+    return [pair(longest, longest.prompt, size, min(left, max(few, min(size, room)))),
+            pair(other, other.prompt[-few:], few, few)]
+
+
+@contextlib.contextmanager
+def layer_states(model, batch, disturbance):
+    """While it lasts each layer notes 16 numbers of the states that predict response tokens: gives a list of
+    (N, 16). disturbance: of its output, which is added to that at random."""
+    generator, states = torch.Generator(batch.input_ids.device).manual_seed(0), []
+
+    def note(module, arguments, output):
+        x = output if torch.is_tensor(output) else output[0]
+        if disturbance:
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x.mul_(1 + disturbance * noise)
+        x = x.reshape(-1, batch.input_ids.numel(), x.shape[-1])[:, batch.states]
+        states.append(as_float(x[..., ::max(1, x.shape[-1] // 16)].transpose(0, 1).flatten(1)).cpu())
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = decoder_layers(model) or max(lists, key=len)  # which older code does not mark
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def excess(states, expected, disturbed):
+    """How many times as far as disturbed states others are from what is expected, at most.
+
+    Of each layer the token that is furthest off, relative to its largest number, against the furthest there,
+    the second against the second, and so on: some may go to other experts, the more the more is disturbed.
+    """
+    ratios = []
+    for layer, right, other in zip(states, expected, disturbed, strict=True):
+        scale = right.abs().amax(1).clamp(min=torch.finfo(right.dtype).tiny)
+        error, own = (((x - right).abs().amax(1) / scale).sort().values for x in (layer, other))
+        ratios.append((error / own.clamp(min=own.median())).max())
+    return torch.stack(ratios).max().item()
 
 
 @contextlib.contextmanager

@@ -14,8 +14,7 @@ import engine.forward
 from engine import InputError
 from engine.batches import SEPARATE, Example, Layout, collate
 from engine.forward import (choose_layouts, decoder_inputs, decoder_of, in_float32, read_tokens,
-                            response_logps, response_scores, run_head, sum_over_responses, token_logps,
-                            why_not_shared)
+                            response_logps, response_scores, run_head, sum_over_responses, token_logps)
 
 QUICK = [f"eval_data={FEW_ROWS}", "num_samples=0", "max_tokens_per_microbatch=100000"]  # in one microbatch
 EXACT = ["dtype=float64", "compute_dtype=float64"]
@@ -229,46 +228,6 @@ def test_models_that_cannot_share_prompts_are_found_out(model_type, dtype, capsy
         choose_layouts("shared", [(model, response_logps)], examples)
     assert choose_layouts("separate", [(model, response_logps)], examples) == (SEPARATE,)
     assert not capsys.readouterr().out
-
-
-@pytest.mark.parametrize("k, example, found", [(0, 0, False), (0, 1, False), (1, 0, True), (1, 1, True),
-                                               (0, 2, True), (1, 2, True)])
-def test_a_leak_is_found_by_what_moves(k, example, found):
-    """The first responses of the first two examples are exchanged: they may move, and nothing else."""
-    logps = torch.full((2, 3), -50.0)
-    moved = logps.clone()
-    moved[k, example] += 0.01
-    answers, batches = iter([logps, logps, moved]), []
-    examples = random_pairs()[:3]  # of 35, 28 and 24 tokens
-    said = why_not_shared(
-        tiny_of("gpt2"), lambda model, batch, bf16: batches.append(batch) or next(answers), examples)
-    assert said == ("in which one response sees another (by 2.0e-04)" if found else None)
-    apart, together, others = batches
-    assert apart.segments is None and together.segments is not None
-    same = [[(a == b).all() for a, b in zip(x.responses, y.responses)]
-            for x, y in zip(together.examples, others.examples)]
-    assert same == [[False, True], [False, True], [True, True]]
-    assert [example.num_tokens for example in together.examples] == [35, 24, 28]
-
-
-@pytest.mark.parametrize("model_type, settings, limit", [
-    ("llama", {}, 256), ("mistral", {"sliding_window": 300}, 556), ("mistral", {"sliding_window": None}, 256),
-    ("llama4_text", {"attention_chunk_size": 500}, 756)])
-def test_what_is_tried_is_no_longer_than_a_models_rule(model_type, settings, limit):
-    """A prompt to its end, responses from their start; beyond that nothing new would be seen."""
-    config, seen = CONFIG_MAPPING[model_type](**settings), []
-    model = tiny_of("llama")
-    model.config.get_text_config = lambda: config
-    long = Example("x", np.arange(3, 903), (np.arange(3, 903), np.arange(3, 7)), {})
-
-    def values(model, batch, bf16):
-        seen.append(batch.examples[0])
-        return torch.zeros(2, 3)
-    assert why_not_shared(model, values, [long, *random_pairs()]) is None
-    for tried in seen[:2]:
-        assert tried.prompt.tolist() == [*range(903 - limit // 2, 903)]
-        assert tried.responses[0].tolist() == [*range(3, 3 + limit // 2)]
-        assert tried.responses[1].tolist() == [6, 5, 4, 3]  # backwards, that a response is not the prompt's
 
 
 def test_packed_examples_and_reward_models_are_tried_too(capsys):

@@ -302,11 +302,14 @@ def test_each_model_has_its_say_on_the_layouts(monkeypatch):
     assert asked[0][1] == [(policy, response_logps), (reference, response_logps), (judge, response_scores)]
     rows = [*trainer.data.train_examples, *trainer.data.eval_examples]
     assert asked[0][0] == "auto" and asked[0][2] == rows and len(rows) == 408
+    assert asked[0][5] == 8  # tokens of a sample
     trainer.make_batcher(policy, policy, None)
     assert asked[1][1] == [(policy, response_logps)]
     trainer = make_trainer("loss=rm", *QUICK)
     trainer.make_batcher(policy, None, None)
     assert asked[-1][1] == [(policy, response_scores)]
+    make_trainer("loss=spin", "spin.max_tokens=77", *QUICK)
+    assert asked[-1][5] == 77  # of an answer, which may be longer than all rows
 
 
 @pytest.mark.parametrize("settings, row, number", [
