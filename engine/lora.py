@@ -44,11 +44,13 @@ def add_adapters(model, config, checkpoint, with_opponent=False):
     if not settings["rank"]:
         return
     beside = os.path.join(config.run_dir, "base") if makes_base(config) else config.model
-    peft = import_peft(f"lora.rank={settings['rank']}")
+    peft, apart = import_peft(f"lora.rank={settings['rank']}"), {*unread(model)}
+    apart = [name for name, x in model.named_modules() if getattr(x, "weight", None) in apart]
     options = peft.LoraConfig(
         r=settings["rank"], lora_alpha=settings["alpha"], target_modules=read_targets(model, config),
         use_rslora=settings["rslora"], init_lora_weights=settings["init"] == "default" or "gaussian",
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
+        exclude_modules=apart or None,
         base_model_name_or_path=base_folder(checkpoint) if checkpoint else beside)
     warnings.filterwarnings("ignore", "Already found a `peft_config`")  # an opponent has one of its own
     for name in (LEARNS, FROZEN)[:1 + with_opponent]:
@@ -77,6 +79,15 @@ def read_targets(model, config):
         raise InputError(f"lora.targets={targets}, of which {', '.join(wrong)} matches nothing in the model: "
                          f"choose from {', '.join(names)}, or all-linear")
     return targets
+
+
+def unread(model):
+    """The weights that text does not reach: those of what sees or hears, beside the language model."""
+    if model.config is model.config.get_text_config():
+        return []
+    parts = model.get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)
+    read = {x for part in parts if part is not None for x in part.parameters()}
+    return [x for x in model.parameters() if x not in read]
 
 
 def adapted_layers(model):

@@ -25,7 +25,7 @@ from engine.distributed import (device, device_mesh, from_first, full_tensor, nu
                                 rank)
 from engine.forward import autocast
 from engine.lora import (AdaptersOff, add_adapters, base_folder, base_of, check_base, is_adapter, is_judge,
-                         kept_state, merge_adapter, policy_source, state_of)
+                         kept_state, merge_adapter, policy_source, state_of, unread)
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -181,16 +181,27 @@ def load_merged(folder, model_config, config, tokenizer, head, blank):
         return model.to(dtype)
     check_base(folder, hash_weights(AdaptersOff(model)))
     merge_adapter(model, folder, dtype)
+    with contextlib.suppress(OSError):  # which tokens end an answer; a reward model's says nothing of it
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
 def load_policy(config, objective, run_data, checkpoint, blank=None) -> PreTrainedModel:
     """The model that learns, as a run starts or as a checkpoint has it, with the adapters that the config
-    asks for; a reward model gets a scalar head if it has none."""
+    asks for; a reward model gets a scalar head if it has none. It is saved with the ids that end a response
+    in this run; what text does not reach stays as it is."""
     head = "new scores" if objective.inputs == "scores" else None
     path, loading = policy_source(config, checkpoint)
     policy = load_model(path, run_data.model_config, loading, run_data.tokenizer, head, blank)
+    whole = run_data.model_config
+    if policy.config.model_type != whole.model_type and rank() == 0:
+        others = ", ".join(name for name in whole.sub_configs if name != "text_config")
+        print(f"model      the language model of {whole.model_type} alone: the rest, {others}, is not saved")
+    if policy.can_generate():
+        policy.generation_config.eos_token_id = run_data.end_ids
     add_adapters(policy, config, checkpoint, objective.in_stages)
+    for x in unread(policy):
+        x.requires_grad_(False)
     return policy
 
 
@@ -224,7 +235,7 @@ def check_loaded(info, head):
 def check_causal(model, path):
     """Refuses a model whose predictions depend on later tokens: its log-probabilities mean nothing here."""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5]], device=model.device)
-    ids %= model.config.vocab_size
+    ids %= model.config.get_text_config().vocab_size
     first, second = model.eval().base_model(input_ids=ids, use_cache=False)[0][:, :4].float()
     if not torch.allclose(first, second, atol=1e-2):
         raise InputError(f"{path} is no causal language model, its predictions depend on later tokens: take "

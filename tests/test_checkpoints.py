@@ -24,8 +24,8 @@ import types
 import pytest
 import torch
 from conftest import (FORTY, ROOT, copy_model, hash_again, latest, losses_of, made_once, make_trainer,
-                      needed, num_lines, numbers, read_lines, same_weights, tiny_of, wait_for, write_bare_pairs,
-                      write_lines)
+                      needed, num_lines, numbers, read_lines, same_weights, tiny_of, wait_for,
+                      write_bare_pairs, write_lines)
 from on_ranks import answers, begin, kill, on_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM

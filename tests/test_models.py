@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA, FEW_ROWS, TINY_RUN, config_of, copy_model, make_trainer, tiny_of
+from conftest import (DATA, FEW_ROWS, TINY_RUN, config_of, copy_model, make_trainer, same_weights,
+                      tiny_of)
 from safetensors.torch import load_file, save_file
-from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig,
+from transformers import (CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText,
+                          AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, LlamaConfig,
                           LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel, RobertaConfig,
                           RobertaForCausalLM)
 
@@ -265,3 +267,72 @@ def test_warmup_longer_than_the_run():
 def test_intervals():
     """Of 100 rows, 12.5 steps: whole numbers are steps, and with a point a fraction of an epoch."""
     assert [as_steps(x, 100, 8) for x in (0, 1, 7, 0.5, 0.001, 1.0)] == [0, 1, 7, 6, 1, 12]
+
+
+# ---------------------------------------------------------------- what ends a response, and what sees
+
+
+def test_the_export_stops_where_samples_stop(sft_run, run):
+    """A run whose tokenizer names another end token than the model: its checkpoint, and the next stage's."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    old, new = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("*")
+    tokenizer.eos_token = "*"
+    tokenizer.save_pretrained("other")
+    copy_model(f"{sft_run}/LATEST", "model")
+    assert GenerationConfig.from_pretrained("model").eos_token_id == [old]
+    first = run(*TINY_RUN, "model=model", "tokenizer=other", "run_dir=first")
+    second = run(*TINY_RUN, f"model={first}/LATEST", "loss=dpo", "run_dir=second")
+    adapted = run(*TINY_RUN, "model=model", "tokenizer=other", "lora.rank=2", "run_dir=adapted")
+    for folder in (f"{first}/LATEST", f"{second}/LATEST", f"{adapted}/LATEST", f"{adapted}/merged"):
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [new, old]
+
+
+SEES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14, "num_position_embeddings": 16, "depth": 1, "num_heads": 2,
+        "out_hidden_size": 32}
+
+
+def save_seeing(model_type, sft_run, **more):
+    """A tiny model with a vision tower, as a folder of that name; its weights."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{sft_run}/LATEST")
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
+            "pad_token_id": 1, "eos_token_id": 0, "bos_token_id": None}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](text_config=text | more, vision_config=SEES, image_token_id=5)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(model_type)
+    tokenizer.save_pretrained(model_type)
+    return load_file(f"{model_type}/model.safetensors")
+
+
+@pytest.mark.parametrize("more", [["loss=dpo"], ["loss=rm"], ["loss=dpo", "lora.rank=2"]])
+def test_a_model_that_sees_learns_from_text(more, sft_run, run, capsys):
+    """Gemma 3, in shared rows: its tower is kept as it is, and a resumed run ends in the same bits."""
+    before = save_seeing("gemma3", sft_run)
+    settings = [*TINY_RUN, *more, "model=gemma3", "lr_schedule=constant", "lr=1e-2", "num_samples=0"]
+    whole = run(*settings, "run_dir=whole")
+    assert "layout     separate" not in capsys.readouterr().out
+    run(*settings, "max_steps=2", "run_dir=half")
+    run("resume=true", "run_dir=half", "max_steps=3")
+    name = "merged" if "lora.rank=2" in more else "LATEST"
+    assert same_weights(whole, "half", name)
+    after = load_file(f"{whole}/{name}/model.safetensors")
+    assert {*after} - {"score.weight"} == {*before}
+    sees = {name for name in before if "vision_tower" in name or "multi_modal" in name}
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert len(sees) > 15 and sees <= same and not any("_proj" in name for name in same - sees)
+
+
+def test_what_of_a_model_is_left_out_is_said(sft_run, run, capsys):
+    """Of Qwen 3.5 transformers gives the language model alone."""
+    before = save_seeing("qwen3_5", sft_run, layer_types=["linear_attention", "full_attention"],
+                         linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+                         linear_value_head_dim=8)
+    folder = run(*TINY_RUN, "model=qwen3_5")
+    said = capsys.readouterr().out
+    assert said.count("the language model of qwen3_5 alone: the rest, vision_config, is not saved") == 1
+    left = {*before} - {*load_file(f"{folder}/LATEST/model.safetensors")}
+    assert left and all("visual" in name for name in left)
+    run(*TINY_RUN, f"model={folder}/LATEST", "run_dir=next")
+    assert "alone" not in capsys.readouterr().out
