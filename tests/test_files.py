@@ -80,7 +80,7 @@ def test_a_byte_order_mark_is_no_part_of_a_column(name, text):
     ("f.parquet", b"nothing", "f.parquet is no .parquet file"),
     ("f.jsonl", b'\xef\xbb\xbf{"prompt": "p"}\n\n{"prompt": "\xff", "response": "r"}\n',
      "f.jsonl line 3 is not UTF-8: save the file so"),
-    ("f.jsonl.gz", gzip.compress(b'{"prompt": "p"}\n"\xff"\n'), "f.jsonl.gz line 2 is not UTF-8"),
+    ("f.jsonl.gz", gzip.compress(b'{"prompt": "p"}\n"\xff"\n', mtime=0), "f.jsonl.gz line 2 is not UTF-8"),
     ("f.json", '[{"prompt": "p"},\n "\xe9"]'.encode("latin-1"), "f.json line 2 is not UTF-8"),
     ("f.json", '[{"prompt": "p"}]'.encode("utf-16"), "f.json line 1 is not UTF-8"),
 ])
