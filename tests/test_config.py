@@ -95,6 +95,8 @@ def test_intervals_are_steps_or_with_a_point_of_an_epoch(run):
     folder = run(*TINY_RUN, "num_samples=0", "max_steps=1")
     settings = read(f"{folder}/config.yaml")
     assert "eval_every: 0.5\n" in settings and "save_every: 500\n" in settings
+    write(f"{folder}/config.yaml", settings.replace("eval_every: 0.5", "eval_every: 1.0"))
+    assert repr(config_of("resume=true", f"run_dir={folder}").eval_every) == "1.0"
     for eval_every, save_every in ("2.0", "1000.0"), ("0.0", "0.0"):
         write(f"{folder}/config.yaml", settings.replace("eval_every: 0.5", f"eval_every: {eval_every}")
               .replace("save_every: 500", f"save_every: {save_every}"))
