@@ -676,6 +676,7 @@ def test_signals_save_and_leave(number, status, run):
     assert latest("r") == step + 1
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_a_closed_terminal_saves_and_leaves():
     """Nothing can be printed then."""
