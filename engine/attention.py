@@ -24,7 +24,7 @@ def attention_of(model, batch: Batch):
     would be waited for; it ends here: padding is on the right, where causal attention never looks. LongRoPE,
     whose factors are those of the longest position that it is given, is given one row after another.
     """
-    rotaries = [x for x in model.modules() if "longrope" in str(getattr(x, "rope_type", ""))]
+    rotaries = [x for x in model.modules() if "longrope" in str(vars(x).get("rope_type"))]
     name, segments = model.config._attn_implementation, batch.segments
     make_mask = MASKS[name] if name in MASKS else None
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from engine import InputError
 from engine.batches import CACHED, REWARDS, Batcher, Example
 from engine.config import CACHE
-from engine.folder import RunFolder, disk_fault, sync
 from engine.distributed import device, from_first, num_ranks, raise_on_all_ranks, rank
+from engine.folder import RunFolder, disk_fault, sync
 from engine.forward import response_logps
 from engine.report import progress
 

@@ -99,10 +99,9 @@ def find_checkpoint(run_dir: str, resume: bool | str) -> str | None:
     if resume is True:
         raise InputError(f"{run_dir} has no complete checkpoint to resume; resume=auto starts at step 0")
     if resume and steps:
-        faults = {path: fault_of(path) for path in steps}
-        if whole := next((path for path in steps if not faults[path]), None):
+        if whole := next((path for path in steps if not fault_of(path)), None):
             return whole
-        if "is of code before" in (fault := faults[steps[0]]):
+        if "is of code before" in (fault := fault_of(steps[0])):
             raise InputError(fault)
         raise InputError(f"{run_dir} has checkpoints, but none is whole, {fault}: move them aside to start "
                          "over")
@@ -215,10 +214,10 @@ class Checkpoints:
         moved = moved and {name: full_tensor(x.detach()).to("cpu", copy=True)
                            for name, x in moved.named_parameters()}
         if self.thread is None:
-            self.write(state, weights, optimizer, spared, moved)
+            self.write(state, weights, optimizer, moved)
             return
         optimizer = {k: x.to("cpu", copy=True) if torch.is_tensor(x) else x for k, x in optimizer.items()}
-        self.in_progress = self.thread.submit(self.write, state, weights, optimizer, spared, moved)
+        self.in_progress = self.thread.submit(self.write, state, weights, optimizer, moved)
 
     def check(self):
         """Raises what went wrong with a checkpoint that was written meanwhile."""
@@ -231,7 +230,7 @@ class Checkpoints:
             self.in_progress.result()
             self.in_progress = None
 
-    def write(self, state, weights, optimizer, spared, moved=None):
+    def write(self, state, weights, optimizer, moved=None):
         """Writes it whole beside its final name, renames it, and only then moves LATEST to it.
 
         All ranks write their shares of the optimizer's state, the first what else there is.
@@ -272,7 +271,10 @@ class Checkpoints:
             return
         paths = [path for path in checkpoints_of(self.folder.run_dir) if step_of(path) <= newest]
         kept = paths[:self.config.keep_checkpoints]
-        needed = {parse_state(path)["needs"] for path in kept}
+        needed = set()
+        for path in kept:
+            with contextlib.suppress(InputError):  # a damaged one is no reason to end the run
+                needed.add(parse_state(path)["needs"])
         for path in paths[len(kept):]:
             if step_of(path) not in needed:
                 discarded = self.folder.path(f".{os.path.basename(path)}.partial")
@@ -312,7 +314,7 @@ def merge(checkpoint, trust_remote_code=False) -> str:
     check_model("adapter", checkpoint)
     run_dir, name = os.path.split(os.path.realpath(checkpoint))
     merged = os.path.join(run_dir, "merged" + name.removeprefix("step"))
-    with open(os.path.join(run_dir, ".merge.lock"), "w") as lock:
+    with writing(run_dir), open(os.path.join(run_dir, ".merge.lock"), "w") as lock:
         if rank() == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of two that merge the second waits, and finds it
             with open(os.path.join(run_dir, name, "adapter_model.safetensors"), "rb") as file:
@@ -336,7 +338,10 @@ def keep_merged(config):
     latest = os.path.join(config.run_dir, "LATEST")
     if is_adapter(latest):
         name = merge(latest, config.trust_remote_code)
+        link = os.path.join(config.run_dir, "merged")
         if rank() == 0:
+            if os.path.isdir(link) and not os.path.islink(link):  # as in a copy without links
+                os.rename(link, free_name(link))
             point(config.run_dir, "merged", name)
 
 

@@ -119,7 +119,8 @@ class RunFolder:
             with open(self.path(name), "rb") as file:
                 known, more = file.read(records.get(name, {"size": 0})["size"]), file.read()
             os.truncate(self.path(name), len(known))
-            self.write(name, [line for line in parse_lines(more) if line.get("step") == step and keep(line)])
+            self.write(name, [record for _, record in whole_lines(more.splitlines(keepends=True))
+                              if record.get("step") == step and keep(record)])
             return self.lines(name)
 
         def cut_all():
@@ -213,8 +214,8 @@ def find_fault(folder, known, growing=False) -> str | None:
         return next(filter(None, threads.map(judge, known)), None)
 
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG,
-        errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+        errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 def disk_fault(error) -> str | None:
@@ -230,9 +231,9 @@ def writing(run_dir):
     try:
         yield
     except Exception as error:
-        place = getattr(error, "filename", None) or run_dir
-        why = disk_fault(error)
-        if isinstance(error, InputError) or not why or not str(place).startswith(run_dir):
+        place = os.path.abspath(getattr(error, "filename", None) or run_dir)  # or a folder above it
+        why, is_own = disk_fault(error), os.path.commonpath([place, run_dir]) in (place, run_dir)
+        if isinstance(error, InputError) or not why or not is_own:
             raise
         latest = os.path.join(run_dir, "LATEST")
         saved = f"{os.readlink(latest)} is saved" if os.path.islink(latest) else "nothing is saved yet"
@@ -273,27 +274,21 @@ def point(run_dir, link, name):
     sync(run_dir)
 
 
-def parse_lines(content: bytes) -> list[dict]:
-    """The whole records among lines of JSON."""
-    records = []
-    for line in content.splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # bytes: a crash can tear a character
+def whole_lines(lines):
+    """Of lines of JSON, bytes, for a crash can tear a character, those that are whole, with their records."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
             record = json.loads(line)
-            records += [record] if line.endswith(b"\n") and isinstance(record, dict) else []
-    return records
+            if line.endswith(b"\n") and isinstance(record, dict):
+                yield line, record
 
 
 def rewind_jsonl(path, keep):
     """Rewrites a file of JSON lines with those that `keep` accepts and returns them; a torn line goes too."""
     if not os.path.exists(path):
         return []
-    kept = []
-    with open(path, "rb") as file:  # bytes: a crash can tear a character
-        for line in file:
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if line.endswith(b"\n") and isinstance(record, dict) and keep(record):
-                    kept.append((line, record))
+    with open(path, "rb") as file:
+        kept = [(line, record) for line, record in whole_lines(file) if keep(record)]
     with open(path + ".partial", "wb") as file:
         file.writelines(line for line, _ in kept)
     sync(path + ".partial")

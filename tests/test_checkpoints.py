@@ -349,6 +349,14 @@ def test_files_beside_a_checkpoint_are_looked_at(saved_twice, run, refused):
     assert "chat_template.jinja was not saved with it" in refused(*RUN, "model=r/LATEST")
 
 
+def test_a_damaged_older_checkpoint_ends_no_run(run):
+    """That is kept beside the newest: what it would need is not known."""
+    run(*RUN, "max_steps=2", "save_every=1", "keep_checkpoints=2", "run_dir=r")
+    os.truncate("r/step-000001/trainer_state/state.json", 9)
+    run("resume=true", "run_dir=r", "max_steps=3", "keep_checkpoints=3")
+    assert {"step-000001", "step-000002", "step-000003"} < {*os.listdir("r")} and latest("r") == 3
+
+
 def test_an_evaluation_after_the_last_checkpoint_stays(saved_twice, run, capsys):
     """As of a finished run that is evaluated once more; half an evaluation is made again."""
     shutil.copytree(saved_twice, "r", symlinks=True)
@@ -528,6 +536,7 @@ def test_a_small_disk(run, refused):
 @pytest.mark.parametrize("make, settings, said", [
     (lambda: open("f", "w"), ["run_dir=f/r"], "f is in its place"),
     (lambda: None, ["run_dir=" + "x" * 300], "cannot be written, file name too long: nothing is saved yet"),
+    (lambda: None, ["run_dir=/proc/nobody/r"], "/proc/nobody cannot be written, no such file"),
     (lambda: os.mkfifo("p"), ["run_dir=p"], "p is in its place")])
 def test_folders_that_cannot_be(make, settings, said, refused):
     make()

@@ -254,7 +254,9 @@ def test_resuming_matches_not_stopping(loss, stop, run):
     assert {"base", "merged", *early} <= {*os.listdir("copy")} == {*os.listdir("whole")} | early
     os.remove("copy/merged")  # as if it had been killed before
     shutil.rmtree("copy/merged-000006")
+    os.mkdir("copy/merged")  # as a copy without links has one
     run("resume=true", "run_dir=copy")
+    assert os.path.isdir("copy/merged.1") and os.readlink("copy/merged") == "merged-000006"
     assert loss == "rm" or read_lines("whole/samples.jsonl") == read_lines("copy/samples.jsonl")
     ours, theirs = (load_file(f"{folder}/merged/model.safetensors") for folder in ("copy", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
