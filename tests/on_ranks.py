@@ -134,6 +134,7 @@ def work(job, rank):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     torch.set_num_threads(1)  # here: a fork has none of the threads that there were before
     faulthandler.dump_traceback_later(job["seconds"], exit=True)  # rather than hang
     if job["num_ranks"] > 1:
