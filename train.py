@@ -110,5 +110,5 @@ if __name__ == "__main__":
         status = 2
     if "WORLD_SIZE" in os.environ:  # started by torchrun
         from engine.distributed import leave_ranks
-        leave_ranks()
+        leave_ranks(status)
     sys.exit(status)

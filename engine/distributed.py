@@ -1,5 +1,6 @@
 """How do N processes act as one, and stop as one? On one process, what only several need does nothing."""
 
+import atexit
 import contextlib
 import copy
 import datetime
@@ -49,9 +50,18 @@ def start_ranks():
     wait_for_all()  # none goes on, and writes, before all have read what was there
 
 
-def leave_ranks():
+def leave_ranks(status):
+    """Ends this process, if it is one of several.
+
+    Not by sys.exit: a thread of gloo's may still hold a tensor, and if it lets go of it while Python is taken
+    down, it aborts (pytorch/pytorch#190489).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def num_ranks() -> int:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = ("engine", "losses", "data", "trainers", "train")  # the project's
@@ -146,7 +147,8 @@ def work(job, rank):
         if job["trouble"] and job["rank"] in (rank, None):
             meet(job["trouble"])
         answer = globals()[job["function"]](*job["arguments"])
-        engine.distributed.leave_ranks()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except SystemExit as end:
         answer = end.code
     except BaseException as error:
@@ -199,7 +201,8 @@ def rows(name, count):
 def script(*arguments):
     """python train.py"""
     sys.argv = [os.path.join(ROOT, "train.py"), *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    with unittest.mock.patch("os._exit", sys.exit):  # the answer is still to be written
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def imported(name, *arguments):
@@ -359,5 +362,4 @@ if __name__ == "__main__":
         trouble, unlucky, *arguments = sys.argv[1:]
         if os.environ["RANK"] == unlucky:
             meet(trouble)
-        main(*arguments)
-        engine.distributed.leave_ranks()
+        engine.distributed.leave_ranks(main(*arguments))

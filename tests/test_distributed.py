@@ -343,6 +343,25 @@ def test_torchrun_starts_the_ranks_again(made):
 # ---------------------------------------------------------------- on one process
 
 
+def test_a_rank_leaves_without_taking_python_down():
+    """A thread of gloo's that then lets go of a tensor aborts; what is registered for the end still runs."""
+    code = """
+import atexit, torch.distributed as dist
+from engine.distributed import leave_ranks
+class Kept:
+    def __del__(self):
+        print("taken down")
+kept = Kept()
+atexit.register(print, "at exit")
+leave_ranks(5)  # one of one: goes on
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+print("to the end", end=" ")
+leave_ranks(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (3, "to the end at exit\n")
+
+
 def test_a_request_to_stop():
     """The first signal is the reason, a second SIGINT stops at once, and handlers are put back."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
