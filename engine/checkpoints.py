@@ -25,7 +25,8 @@ from engine.config import (PATHS, as_flat, as_namespace, check_changes, check_co
                            read_schema, read_yaml)
 from engine.distributed import (TIMEOUT, check_devices, copy_full, from_all, from_first, full_state_dict,
                                 full_tensor, num_ranks, raise_on_all_ranks, rank, wait_for_all)
-from engine.folder import (RunFolder, complete_folder, digests, find_fault, point, read_provenance, writing)
+from engine.folder import (RunFolder, complete_folder, digests, files_in, find_fault, point, read_provenance,
+                           writing)
 from engine.lora import AdaptersOff, adapted_layers, base_of, is_adapter, makes_base, save_adapter
 from engine.models import (check_optimizer, load_adapted, optimizer_state, restore_optimizer, save_shards)
 from engine.objectives import check_table
@@ -207,8 +208,7 @@ class Checkpoints:
         state = {"format": FORMAT, **state, "config": as_flat(self.config), "needs": spared,
                  "base_dtype": str(self.form.dtype),
                  "random": [base64.b64encode(x.numpy().tobytes()).decode() for x in rng],
-                 "records": self.folder.digests(state["iteration"]) if rank() == 0 else None,
-                 "beside": self.folder.settings_beside() if rank() == 0 else None}
+                 "records": self.folder.digests(state["iteration"]) if rank() == 0 else None}
         weights = full_state_dict(policy, self.thread is not None, learning=bool(adapted_layers(policy)))
         optimizer = optimizer_state(policy, optimizer)
         moved = moved and {name: full_tensor(x.detach()).to("cpu", copy=True)
@@ -244,8 +244,8 @@ class Checkpoints:
                 else:
                     self.form.save_pretrained(partial, state_dict=weights)
                 self.tokenizer.save_pretrained(partial)
-                os.makedirs(beside, exist_ok=True)  # others may have begun
                 if moved:
+                    os.makedirs(beside, exist_ok=True)  # others may have begun
                     save_file(moved, os.path.join(beside, "reference.safetensors"))
             tensors = {name: x for name, x in optimizer.items() if torch.is_tensor(x)}
             save_shards(tensors, os.path.join(beside, "optimizer"), self.group)
@@ -253,12 +253,11 @@ class Checkpoints:
             own = f"trainer_state/optimizer/shard-{rank() + 1:05d}*"
             names = glob.glob(own, root_dir=partial)
             if rank() == 0:
-                found = glob.glob("**", root_dir=partial, recursive=True, include_hidden=True)
-                names += [x for x in found if os.path.isfile(os.path.join(partial, x)) and "/shard-" not in x]
+                names += [name for name in files_in(partial) if "/shard-" not in name]
             files = from_all(digests(partial, names), self.group)
             if rank() == 0:
                 scalars = {name: x for name, x in optimizer.items() if not torch.is_tensor(x)}
-                write_state(beside, state | {"optimizer": scalars, "files": {
+                write_state(partial, state | {"optimizer": scalars, "files": {
                     name: digest for part in files for name, digest in part.items()}})
         if rank() == 0:
             point(self.folder.run_dir, "LATEST", name)
@@ -282,16 +281,14 @@ class Checkpoints:
                 shutil.rmtree(discarded)
 
 
-def save_model(folder, model, tokenizer, merged_from=None):
-    """Keeps a model as a complete Hugging Face folder. merged_from: the hash of an adapter in it, noted."""
+def save_model(folder, model, tokenizer, **notes):
+    """Keeps a model as a complete Hugging Face folder, which says what it holds as a checkpoint does."""
     weights = full_state_dict(model)
     with complete_folder(folder) as partial:
         if rank() == 0:
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-            if merged_from:
-                with open(os.path.join(partial, "merged_from.txt"), "w") as file:
-                    file.write(merged_from)
+            write_state(partial, {"format": FORMAT, **notes, "files": digests(partial, files_in(partial))})
 
 
 def keep_models(folder: RunFolder, config, policy, reference, tokenizer):
@@ -319,18 +316,17 @@ def merge(checkpoint, trust_remote_code=False) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of two that merge the second waits, and finds it
             with open(os.path.join(run_dir, name, "adapter_model.safetensors"), "rb") as file:
                 own = hashlib.file_digest(file, "sha256").hexdigest()
-            if os.path.exists(merged) and read_text(os.path.join(merged, "merged_from.txt")) != own:
+            if os.path.exists(merged) and merged_from(merged) != own:
                 os.rename(merged, free_name(merged))
         if not from_first(os.path.exists(merged)):
             model, tokenizer = load_adapted(os.path.join(run_dir, name), trust_remote_code)
-            save_model(merged, model, tokenizer, own if rank() == 0 else None)
+            save_model(merged, model, tokenizer, merged_from=own if rank() == 0 else None)
     return os.path.basename(merged)
 
 
-def read_text(path):
-    """What is in a file, or None."""
-    with contextlib.suppress(OSError), open(path) as file:
-        return file.read()
+def merged_from(path):
+    """The hash of the adapter that was merged into a model, or None where it is not whole."""
+    return None if fault_of(path, parse_state, alone=True) else parse_state(path).get("merged_from")
 
 
 def keep_merged(config):
@@ -360,10 +356,11 @@ def reference_path(config, in_stages: bool, checkpoint: str | None) -> str | Non
 
 
 def write_state(folder, state):
-    """state.json, with a hash of its own text."""
+    """trainer_state/state.json, with a hash of its own text."""
     text = json.dumps(state)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    with open(os.path.join(folder, "state.json"), "w") as file:
+    os.makedirs(os.path.join(folder, "trainer_state"), exist_ok=True)
+    with open(os.path.join(folder, "trainer_state", "state.json"), "w") as file:
         file.write(f'{text[:-1]}, "sha256": "{digest}"}}')
 
 
@@ -373,7 +370,7 @@ def parse_state(checkpoint) -> dict:
     try:
         with open(os.path.join(checkpoint, name), encoding="utf-8") as file:
             state = json.load(file)
-        is_old = state.get("format") != FORMAT
+        is_old = "step" in state and state.get("format") != FORMAT
         digest = state.pop("sha256", None)
         is_own = hashlib.sha256(json.dumps(state).encode()).hexdigest() == digest
         fault = None if is_own else "not what was saved"
@@ -416,32 +413,33 @@ def check_model(key, path):
                          "take it as it is")
 
 
-def fault_of(checkpoint, is_needed=False) -> str | None:
-    """What is wrong with a checkpoint, or with the records up to it; None: every file is what was saved.
-    is_needed: it is only the opponent of another one."""
+def fault_of(folder, read=read_state, alone=False) -> str | None:
+    """What is wrong with a checkpoint or, if it does not stand alone, with what it needs beside it; None if
+    every file is what was saved. read: parse_state, for another model that the run keeps."""
     try:
-        state = read_state(checkpoint)
+        state = read(folder)
     except InputError as error:
         return str(error)
-    if fault := fault_within(checkpoint, state["files"]):
-        return f"checkpoint {checkpoint} is damaged, {fault}"
-    if is_needed:
+    if fault := fault_within(folder, state["files"]):
+        return f"checkpoint {folder} is damaged, {fault}"
+    if alone:
         return None
-    run_dir, needed = os.path.dirname(checkpoint), state["needs"]
-    if fault := find_fault(run_dir, state["beside"]) or find_fault(run_dir, state["records"], growing=True):
-        return f"what is beside checkpoint {checkpoint} is damaged, {fault}"
+    run_dir, needed = os.path.dirname(folder), state["needs"]
+    if fault := find_fault(run_dir, state["records"], growing=True):
+        return f"what is beside checkpoint {folder} is damaged, {fault}"
+    beside = {os.path.join(run_dir, name): parse_state for name in ("base", "reference")}
+    beside = {path: read for path, read in beside.items() if os.path.isdir(path)}
     if needed not in (None, state["step"]):
-        fault = fault_of(os.path.join(run_dir, f"step-{needed:06d}"), is_needed=True)
-        return fault and f"checkpoint {checkpoint} needs another one, and {fault}"
+        beside[os.path.join(run_dir, f"step-{needed:06d}")] = read_state  # its opponent
+    fault = next(filter(None, (fault_of(path, read, alone=True) for path, read in beside.items())), None)
+    return fault and f"checkpoint {folder} needs another one, and {fault}"
 
 
 def fault_within(folder, files, without=None):
     """What is wrong with a checkpoint's files, or None; without: names that begin so are not looked at."""
     def is_left(name):
         return bool(without) and name.startswith(without)
-    found = glob.glob("**", root_dir=folder, recursive=True, include_hidden=True)
-    more = sorted(x for x in found if x not in files and x != "trainer_state/state.json" and not is_left(x)
-                  and not os.path.isdir(os.path.join(folder, x)))
+    more = [x for x in files_in(folder) if not (x in files or x == "trainer_state/state.json" or is_left(x))]
     fault = find_fault(folder, {name: x for name, x in files.items() if not is_left(name)})
     return fault or (f"{more[0]} was not saved with it" if more else None)
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import errno
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -130,12 +131,6 @@ class RunFolder:
             return evaluated
         return from_first(cut_all() if rank() == 0 else None)
 
-    def settings_beside(self) -> dict:
-        """digests of what is no weight of the models that the run keeps; of weights the fingerprint tells."""
-        names = [f"{folder}/{name}" for folder in ("base", "reference") if os.path.isdir(self.path(folder))
-                 for name in sorted(os.listdir(self.path(folder))) if not name.endswith(".safetensors")]
-        return digests(self.run_dir, names)
-
     def digests(self, iteration) -> dict:
         """{name: {"size": bytes, "sha256": hex}} of the records up to now, and of answers that are in use."""
         found = {}
@@ -186,6 +181,12 @@ def hash_file(path, size=None):
             hasher.update(part)
             left -= len(part)
     return hasher
+
+
+def files_in(folder) -> list[str]:
+    """Paths of all that is no folder, from this one on."""
+    found = glob.glob("**", root_dir=folder, recursive=True, include_hidden=True)
+    return sorted(name for name in found if not os.path.isdir(os.path.join(folder, name)))
 
 
 def digests(folder, names) -> dict:

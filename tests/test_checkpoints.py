@@ -6,6 +6,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import train
 from engine import InputError
 from engine.checkpoints import load_config, lock_folder, read_state
 from engine.config import read_arguments
+from engine.folder import files_in
 from engine.sampling import Sampler
 from losses import OBJECTIVES
 
@@ -233,32 +235,80 @@ def saved_twice(tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_damaged_file_is_used(fault, saved_twice, refused):
-    """Each of a checkpoint and the records up to it: a sentence names it, nothing is written, no code runs;
-    from the older checkpoint, which is named if its records are whole, the run goes on."""
+    """Each of a checkpoint, of what the run keeps beside it and of the records up to it: a sentence names it,
+    nothing is written, no code runs; from the older checkpoint, which is named if all else is whole, the run
+    goes on."""
     shutil.copytree(saved_twice, "r", symlinks=True)
-    names = [name for name in glob.glob("**", root_dir="r/LATEST", recursive=True)
-             if os.path.isfile(f"r/LATEST/{name}")]
-    assert len(names) > 6
-    for name in [*(f"step-000004/{name}" for name in names), "metrics.jsonl", "samples.jsonl"]:
+    names = [name for name in files_in("r") if not name.startswith((".lock", "LATEST/", "step-000002/"))]
+    assert len(names) > 15 and {"config.yaml", "reference/trainer_state/state.json"} < {*names}
+    for name in names:
         content, path = open(f"r/{name}", "rb").read(), f"r/{name}"
-        twin = open(path.replace("000004", "000002"), "rb").read() if "000004" in name else b'{"x": 1}\n'
-        if fault == "exchanged" and twin == content:
+        if not put_fault(fault, name, content):
             continue
-        os.remove(path)
-        if fault != "deleted":
-            with open(path, "wb") as file:
-                file.write(FAULTS[fault](content, twin))
         before = read_all("r")
         said = refused("resume=true", "run_dir=r", "max_steps=5")
-        assert name.removeprefix("step-000004/") in said and "damaged" in said, said
+        assert name.split("/", 1)[-1] in said and ("damaged" in said or name == "config.yaml"), said
         assert ("resume=step-000002 goes on" in said) == ("000004" in name), said
-        if "000004" in name and "trainer_state" not in name:
-            said = refused(*RUN, "model=r/LATEST", "exp_name=next")
-            assert name.removeprefix("step-000004/") in said and "damaged" in said, said
+        if "/" in name and "trainer_state" not in name:
+            said = refused(*RUN, f"model={os.path.dirname(path)}", "exp_name=next")
+            assert os.path.basename(name) in said and "damaged" in said, said
         assert read_all("r") == before and not os.path.exists("mark")
         with open(path, "wb") as file:
             file.write(content)
     assert refused("resume=true", "run_dir=r", "seed=1")  # whole again, it is read
+
+
+def put_fault(fault, name, content):
+    """Damages r/name, which holds this content; says whether that is another one."""
+    twin = {"step-000004": "step-000002", "step-000002": "step-000004"}.get(name.split("/")[0])
+    twin = open(f"r/{twin}/{name.split('/', 1)[1]}", "rb").read() if twin else b'{"x": 1}\n'
+    damaged = FAULTS[fault] and FAULTS[fault](content, twin)
+    os.remove(f"r/{name}")
+    if damaged is not None:
+        with open(f"r/{name}", "wb") as file:
+            file.write(damaged)
+    return damaged != content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept, settings", [
+    ("generated-00.jsonl", ["loss=spin", "spin.max_tokens=8"]),
+    ("base/config.json", ["loss=dpo", "lora.rank=2"]),
+    ("rewards.jsonl", ["loss=rpo", "data=bare.jsonl", "eval_data=bare.jsonl", "reward_model=rm/LATEST",
+                       "tokenizer=rm/LATEST"])])
+def test_no_damaged_file_is_used_by_any_run(kept, settings, rm_run, run):
+    """Of all in the folder: a sentence names it, or the run goes on as an undisturbed one."""
+    pytest.importorskip("peft")
+    write_bare_pairs(40)
+    os.symlink(rm_run, "rm")
+    run(*RUN, *settings, "max_steps=4", "save_every=2", "eval_every=2", "run_dir=whole")
+    shutil.copytree("whole", "saved", symlinks=True)
+    run("resume=true", "run_dir=whole", "max_steps=6")
+    expected, weights = numbers("whole"), weights_of("whole")
+    used = set()
+    names = [name for name in files_in("saved") if not re.match("LATEST/|merged/|.*lock", name)]
+    assert kept in names
+    for fault, name in itertools.product(FAULTS, names):
+        content = open(f"saved/{name}", "rb").read()
+        shutil.rmtree("r", ignore_errors=True)
+        shutil.copytree("saved", "r", symlinks=True)
+        if not put_fault(fault, name, content):
+            continue
+        before = read_all("r")
+        try:
+            run("resume=true", "run_dir=r", "max_steps=6")
+        except InputError as refusal:
+            assert os.path.basename(name) in str(refusal) and read_all("r") == before, (name, refusal)
+        else:
+            assert numbers("r") == expected and weights_of("r") == weights, (fault, name)
+            used.add(name.split("/")[0])
+        assert not os.path.exists("mark")
+    assert used <= {"step-000000", "step-000002", "merged-000004"}  # of which no run has need
+
+
+def weights_of(folder):
+    """Bytes of its last checkpoint's, adapters or a model."""
+    return [open(path, "rb").read() for path in glob.glob(f"{folder}/LATEST/*.safetensors")]
 
 
 def read_all(folder):
@@ -343,7 +393,8 @@ def test_files_beside_a_checkpoint_are_looked_at(saved_twice, run, refused):
     path = "r/reference/config.json"
     settings = json.load(open(path))
     json.dump(settings | {"rms_norm_eps": 0.5}, open(path, "w"))
-    assert "reference/config.json" in refused("resume=true", "run_dir=r", "max_steps=5")
+    said = refused("resume=true", "run_dir=r", "max_steps=5")
+    assert re.search("step-000004 needs another one, and .*r/reference is damaged, config.json has", said)
     with open("r/LATEST/chat_template.jinja", "w") as file:
         file.write("{{ messages }}")
     assert "chat_template.jinja was not saved with it" in refused(*RUN, "model=r/LATEST")

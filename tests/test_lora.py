@@ -456,7 +456,8 @@ def test_dry_run_counts_what_learns(loss, num_opponents, head, run, sft_run, cap
 
 
 def test_a_merged_folder_of_another_adapter_is_put_aside(adapted):
-    """As of a step that was written again; of two that merge at once the second waits and finds it."""
+    """As of a step that was written again, or a damaged one; of two that merge at once the second waits and
+    finds it."""
     shutil.copytree(adapted, "r", symlinks=True)
     shutil.rmtree("r/merged-000004")
     with open("r/.merge.lock", "w") as lock:
@@ -478,6 +479,11 @@ def test_a_merged_folder_of_another_adapter_is_put_aside(adapted):
     a, b = (weights[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     added = other[f"{name}.weight"] - first[f"{name}.weight"]
     assert torch.allclose(added, 2 * 3 * b @ a, rtol=0, atol=1e-9)  # both matrices twice
+    os.truncate("r/merged-000004/config.json", 9)
+    engine.checkpoints.merge("r/LATEST")
+    assert os.path.getsize("r/merged-000004.2/config.json") == 9
+    again = load_file("r/merged-000004/model.safetensors")
+    assert torch.equal(again[f"{name}.weight"], other[f"{name}.weight"])
 
 
 def test_a_stage_goes_on_without_the_one_before(run, sft_run, adapted):
