@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     # Torch takes seconds to import: only now, when what is mistyped has been refused.
     from data import DATASETS, load_data
     from engine.checkpoints import keep_merged, load_config, lock_folder
-    from engine.distributed import MAX_HOURS, WAITS, num_ranks, start_ranks
+    from engine.distributed import MAX_HOURS, TEMPFAIL, WAITS, num_ranks, start_ranks
     from engine.dry_run import print_dry_run
     from engine.report import print_results
     from losses import OBJECTIVES
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     command = "torchrun ..." if num_ranks() > 1 else "python"
     print(f"Stopped by {name} after step {trainer.step} of {trainer.num_steps}; all is saved. To go on:\n"
           f"  {command} train.py resume=true run_dir={shlex.quote(os.path.relpath(config.run_dir))}")
-    return {MAX_HOURS: 0, WAITS: 75}.get(stopped_by, 128 + stopped_by)
+    return TEMPFAIL if stopped_by in names else 128 + stopped_by
 
 
 def build_trainer(config, checkpoint: str | None = None):
@@ -99,6 +99,7 @@ if __name__ == "__main__":
         sys.exit(0)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # or shapes leave gaps on a GPU
+    os.environ.setdefault("TQDM_LEAVE", "")  # no bar of a library stays on the screen
     if not sys.stderr.isatty():  # a log file wants no progress bars
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
@@ -110,5 +111,5 @@ if __name__ == "__main__":
         status = 2
     if "WORLD_SIZE" in os.environ:  # started by torchrun
         from engine.distributed import leave_ranks
-        leave_ranks(status)
+        status = leave_ranks(status)
     sys.exit(status)

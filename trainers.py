@@ -14,7 +14,7 @@ from engine.batches import LIST_REWARDS, REWARDS, Batch, Batcher, Example, defau
 from engine.cache import ReferenceCache, score_or_read
 from engine.checkpoints import COUNTERS, Checkpoints, keep_models, read_state, restore_state
 from engine.distributed import (WAITS, Stopped, StopRequest, device, full_tensor, meta_copy, num_ranks,
-                                shard, shard_frozen, sum_over_ranks, sync_gradients)
+                                shard, shard_frozen, sync_gradients)
 from engine.dry_run import tokens_that_fit
 from engine.folder import RunFolder
 from engine.forward import choose_layouts, response_logps, response_scores
@@ -22,9 +22,9 @@ from engine.gpu import gpu_metrics, known_before, step_flops
 from engine.lora import read_adapters
 from engine.models import (as_steps, check_fingerprints, fingerprint, fingerprints, learning_rate,
                            make_optimizer)
-from engine.objectives import (SELF_PLAY, WEIGHT, call_loss, can_cache, join, parameters, read_values,
-                               step_state, token_losses)
-from engine.report import advance, describe_failure, print_evaluation, print_samples, progress
+from engine.objectives import (SELF_PLAY, add_to_sums, call_loss, can_cache, join, mean_metrics, parameters,
+                               read_values, step_state, token_losses)
+from engine.report import Progress, describe_failure, print_evaluation, print_samples
 from engine.sampling import Sampler, SelfPlay
 from losses import OBJECTIVES, Objective
 
@@ -118,15 +118,13 @@ class Trainer:
 
     def train(self) -> int:
         """Runs to the end, or until asked to stop; returns 0, or the StopRequest's reason."""
-        with self.stop.catch_signals(), progress(
-                None, "", total=self.num_steps, initial=self.step, unit="step", leave=True) as self.bar:
+        with self.stop.catch_signals(), Progress(self.num_steps, self.step) as self.progress:
             try:
                 self.fill_in_rewards()  # of pairs that come without
                 self.fill_in_reference()  # its log-probabilities: once, for every epoch and later run
                 self.train_iteration()
                 while not self.is_finished:  # only self-play goes on: a new opponent, new pairs
                     self.next_iteration()
-                    self.bar.total = self.num_steps
                     self.train_iteration()
             except Stopped:  # by stop.check(), between steps or within an evaluation
                 if self.saved_step != self.step:
@@ -150,7 +148,7 @@ class Trainer:
             metrics = self.train_step()
             if self.step % self.config.log_every == 0 or self.is_finished:
                 self.log("train", metrics)
-            advance(self.bar, metrics)
+            self.progress.advance(self.step, self.num_steps, metrics)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the global batch; returns its metrics, computed before the update.
@@ -276,7 +274,8 @@ class Trainer:
                 reference.to("cpu")
         records = sampler.records(answers, scores)
         self.folder.log_samples(self.step, records)
-        print_samples(self.step, records)
+        if not self.evaluated_steps or self.is_finished:  # all are in samples.jsonl
+            print_samples(self.step, records)
         return sampler.metrics(answers, scores, kl)
 
     # ------------------------------------------------------------ self-play; what is computed before step 1
@@ -384,14 +383,21 @@ class Trainer:
         return min(total, self.max_steps)
 
     @property
+    def is_last_iteration(self):
+        return self.iteration + 1 >= self.settings.get("iterations", 1) or self.last_step == self.max_steps
+
+    @property
     def is_finished(self):
-        is_last = self.iteration + 1 >= self.settings.get("iterations", 1)
-        return self.step >= self.max_steps or (is_last and self.step >= self.last_step)
+        return self.step >= self.last_step and self.is_last_iteration
+
+    @property
+    def stage_ends_there(self):
+        """Whether with last_step the run ends, or an iteration that is a stage of its own."""
+        return self.objective.in_stages or self.is_last_iteration
 
     @property
     def ends_stage(self):
-        """Whether the run, or an iteration that is one of its own, has come to its last step."""
-        return self.step == self.last_step and (self.objective.in_stages or self.is_finished)
+        return self.step == self.last_step and self.stage_ends_there
 
     def epoch_metrics(self):
         """Metrics that say where in its data, and in self-play in which iteration, the run stands."""
@@ -406,7 +412,8 @@ class Trainer:
         every = as_steps(self.config.eval_every, len(self.data.train_examples), self.config.batch_size)
         if self.step == 0:
             return every > 0 and self.config.eval_first
-        return every > 0 and (self.step % every == 0 or self.ends_stage)
+        is_near_last = 0 < self.last_step - self.step < every / 2 and self.stage_ends_there
+        return every > 0 and (self.step % every == 0 and not is_near_last or self.ends_stage)
 
     def save_is_due(self):
         if self.step == self.saved_step or (self.step == 0 and not self.objective.in_stages):
@@ -463,29 +470,3 @@ class Trainer:
         """Cuts the records back to the step that is saved, or to none; clears an interrupted save."""
         self.folder.clear_partial()
         self.evaluated_steps = self.folder.cut(self.records, self.saved_step)
-
-
-def add_to_sums(sums: dict, batch: Batch, losses: torch.Tensor, metrics: dict):
-    """Adds a microbatch's losses and metrics, (B,) each, to {name: 0-d float64 tensor}.
-
-    Those of an idle one count as 0, even where they are not finite.
-    """
-    for name, values in {"loss": losses.detach(), **metrics}.items():
-        total = values.double().sum()
-        sums[name] = sums.get(name, 0) + (torch.zeros_like(total) if batch.is_idle else total)
-
-
-def mean_metrics(sums: dict, objective: Objective, examples: list[Example]) -> dict[str, float | None]:
-    """{name: mean} over these examples, the sums being this rank's. Waits for the device, once.
-
-    The loss is divided by the objective's denominator, a metric by the number of examples or by the sum of
-    its own weights; where that is 0 there is no mean.
-    """
-    totals = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values())).tolist())))
-    weights = {name: totals.get((name, WEIGHT), len(examples)) for name in totals if isinstance(name, str)}
-    weights["loss"] = objective.denominator(examples)
-    means = {name: totals[name] / weight if weight else None for name, weight in weights.items()}
-    if "rewards/mean_square" in means:
-        variance = means.pop("rewards/mean_square") - means["rewards/mean"] ** 2
-        means["rewards/std"] = math.sqrt(max(0.0, variance)) if math.isfinite(variance) else math.nan
-    return means

@@ -26,6 +26,7 @@ from engine import InputError
 
 START = time.monotonic()  # max_hours counts from here
 TIMEOUT = datetime.timedelta(minutes=30)  # a rank waits for the others no longer
+TEMPFAIL = 75  # the status with which a scheduler may start a run again
 MAX_HOURS, WAITS = 1000, 1001  # why a run stopped, besides the numbers of signals: the last for answers
 
 
@@ -50,18 +51,21 @@ def start_ranks():
     wait_for_all()  # none goes on, and writes, before all have read what was there
 
 
-def leave_ranks(status):
-    """Ends this process, if it is one of several.
+def leave_ranks(status) -> int:
+    """Ends this process, if it is one of several; otherwise returns the status that torchrun may see.
 
     Not by sys.exit: a thread of gloo's may still hold a tensor, and if it lets go of it while Python is taken
     down, it aborts (pytorch/pytorch#190489).
     """
+    if status == TEMPFAIL and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        status = 0  # or torchrun would start the ranks again
     if dist.is_initialized():
         dist.destroy_process_group()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    return status
 
 
 def num_ranks() -> int:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine import InputError, first_line
 from engine.batches import CACHED, Batch, Example
-from engine.distributed import device, from_all, rank, reshard
+from engine.distributed import device, from_all, rank, reshard, sum_over_ranks
 from engine.forward import read_tokens, response_scores, sum_over_responses, token_logps
 
 SELF_PLAY = {  # what a block of self-play may set, and what is so where it has no such key; see config.yaml
@@ -356,3 +356,32 @@ def step_state(objective, step, metrics, policy, reference, state) -> dict[str, 
             raise InputError(f"{name_of(objective.after_step)} gives {name or 'its state'} as {value!r}; it "
                              "must give a dict of finite numbers by name")
     return {name: x.item() if hasattr(x, "item") else x for name, x in state.items()}  # numpy's: no JSON
+
+
+# ---------------------------------------------------------------- what is averaged
+
+
+def add_to_sums(sums: dict, batch: Batch, losses: torch.Tensor, metrics: dict):
+    """Adds a microbatch's losses and metrics, (B,) each, to {name: 0-d float64 tensor}.
+
+    Those of an idle one count as 0, even where they are not finite.
+    """
+    for name, values in {"loss": losses.detach(), **metrics}.items():
+        total = values.double().sum()
+        sums[name] = sums.get(name, 0) + (torch.zeros_like(total) if batch.is_idle else total)
+
+
+def mean_metrics(sums: dict, objective, examples: list[Example]) -> dict[str, float | None]:
+    """{name: mean} over these examples, the sums being this rank's. Waits for the device, once.
+
+    The loss is divided by the objective's denominator, a metric by the number of examples or by the sum of
+    its own weights; where that is 0 there is no mean.
+    """
+    totals = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values())).tolist())))
+    weights = {name: totals.get((name, WEIGHT), len(examples)) for name in totals if isinstance(name, str)}
+    weights["loss"] = objective.denominator(examples)
+    means = {name: totals[name] / weight if weight else None for name, weight in weights.items()}
+    if "rewards/mean_square" in means:
+        variance = means.pop("rewards/mean_square") - means["rewards/mean"] ** 2
+        means["rewards/std"] = math.sqrt(max(0.0, variance)) if math.isfinite(variance) else math.nan
+    return means

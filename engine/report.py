@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shlex
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,13 @@ from tqdm import tqdm
 
 from engine.distributed import device, from_all, num_ranks, rank
 
+SECONDS_PER_LINE = 30  # of training, where nobody watches a bar
+EVAL_NAMES = {  # on the console, with how they are written
+    "loss": ("loss", ".3f"), "rewards/accuracies": ("accuracy", ".3f"), "rewards/margins": ("margin", ".2f"),
+    "samples/kl": ("KL", ".2f"), "samples/reward": ("reward", ".2f")}
+TRAIN_NAMES = {
+    "loss": ("loss", ".3f"), "rewards/accuracies": ("accuracy", ".2f"), "grad_norm": ("grad_norm", ".2f"),
+    "lr": ("lr", ".1e"), "mfu": ("mfu", ".3f"), "memory_gb": ("memory_gb", ".1f")}
 
 # Columns that look like data.
 UNREAD = ("history", "context", "system", "tools", "images", "image", "videos", "video", "audios", "audio",
@@ -149,17 +157,57 @@ def progress(what, title, leave=False, **options):
     return tqdm(what, desc=title or None, leave=leave, disable=True if rank() > 0 else None, **options)
 
 
-def advance(bar, metrics):
-    """Moves the bar of training on by a step, with what that step's metrics are."""
-    shown = [name for name in ("loss", "rewards/accuracies", "mfu", "memory_gb")
-             if metrics.get(name) is not None]
-    bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
-    bar.update()
+class Progress:
+    """How far training is: a bar where somebody looks, elsewhere a line every 30 seconds."""
+
+    def __init__(self, num_steps, step):
+        self.bar = progress(None, "", leave=True, total=num_steps, initial=step, unit="step")
+        self.rate = self.first = None
+        self.started = time.monotonic()
+        self.next_line = self.started + SECONDS_PER_LINE
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def advance(self, step, num_steps, metrics):
+        """After this step of so many, with what its metrics are."""
+        self.rate = metrics.get("tokens_per_second", self.rate)  # of the last step that was logged
+        shown = describe(metrics, TRAIN_NAMES)
+        self.bar.total = num_steps
+        self.bar.set_postfix_str("  ".join(shown), refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        first_step, first_time = self.first = self.first or (step, now)  # what came before it took its time
+        if not self.bar.disable or rank() > 0 or now < self.next_line:
+            return
+        self.next_line = now + SECONDS_PER_LINE
+        shown += [f"{self.rate:,.0f} tokens/s"] if self.rate else []
+        gone = f"{clock(now - self.started)} gone"
+        if step > first_step:
+            gone += f", {clock((now - first_time) / (step - first_step) * (num_steps - step))} left"
+        print(f"step {step}/{num_steps}", *shown, gone, sep="  ", flush=True)
+
+
+def describe(metrics, names):
+    """Those metrics that there are, each as its name and value."""
+    def text(value, form):  # what is small or not finite has no use for decimals
+        return f"{value:{form if abs(value) >= 1e-3 or form[-1] == 'e' else '.2g'}}"
+    return [f"{name} {text(metrics[key], form)}"
+            for key, (name, form) in names.items() if metrics.get(key) is not None]
+
+
+def clock(seconds):
+    """Minutes and seconds, from an hour on with hours, as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def print_evaluation(step, metrics):
-    shown = (f"eval/{name} {value:.4g}" for name, value in metrics.items() if value is not None)
-    tqdm.write(f"\nstep {step}: {', '.join(shown)}")
+    """What matters of an evaluation; metrics.jsonl has all."""
+    tqdm.write("  ".join([f"step {step}", "eval", *describe(metrics, EVAL_NAMES)]))
 
 
 def print_samples(step, records):
@@ -172,6 +220,7 @@ def print_samples(step, records):
             if len(text) > 300:  # of a prompt the end says more
                 text = f"... {text[-300:]}" if name == "prompt" else f"{text[:300]} ..."
             tqdm.write(f"{name:<22}{text}")
+    tqdm.write("")
 
 
 def describe_failure(step, metrics, examples, microbatches, all_losses, saved_step):

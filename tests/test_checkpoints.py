@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import types
@@ -743,6 +744,7 @@ def test_a_closed_terminal_saves_and_leaves():
     process, terminal = pty.fork()
     if process == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+        termios.tcsetwinsize(1, (24, 80))  # without any no bar is drawn, and nothing is there to read
         os.execv(sys.executable, [sys.executable, f"{ROOT}/train.py", *RUN, "max_steps=100000",
                                   "num_epochs=99999", "run_dir=r"])
     while num_lines("r/metrics.jsonl") < 4:
@@ -771,7 +773,7 @@ def test_a_signal_stops_an_evaluation_which_is_made_up_for(run, monkeypatch):
 
 
 def test_max_hours(run, capsys):
-    folder = run(*RUN, "max_steps=3", "max_hours=1e-9")
+    folder = run(*RUN, "max_steps=3", "max_hours=1e-9", status=75)
     assert "Stopped by max_hours after step 0 of 3; all is saved." in capsys.readouterr().out
     run("resume=true", f"run_dir={folder}", "max_hours=null")
     assert latest(folder) == 3

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -116,6 +117,46 @@ def test_a_command_on_several_devices_runs(command, runs):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *options, os.path.join(ROOT, "train.py"),
                     *put_in_place(arguments)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert len(losses_of("runs/page")) == 2
+
+
+SRUN = """
+import os, subprocess, sys
+ranks = [subprocess.Popen(sys.argv[1:], env=os.environ | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+         for rank in "01"]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_the_script_for_slurm(sft_run):
+    """With stand-ins for Slurm's commands: out of time it asks to be started again, and is done at last."""
+    script, = (block for block in blocks("bash") if block.startswith("#!/bin/bash"))
+    settings = [*TINY_RUN, f"model={sft_run}/LATEST", "run_dir=r"]
+    with open("mine.yaml", "w") as file:
+        file.writelines(setting.replace("=", ": ", 1) + "\n" for setting in settings)
+    os.mkdir("bin")
+    stand_ins = {"srun": f"#!{sys.executable}{SRUN}", "python": f'#!/bin/sh\nexec {sys.executable} "$@"',
+                 "scontrol": "#!/bin/sh\n[ $1 = show ] && echo localhost || echo $* >> asked"}
+    for name, text in stand_ins.items():
+        with open(f"bin/{name}", "w") as file:
+            file.write(text)
+        os.chmod(f"bin/{name}", 0o755)
+    shutil.copy(os.path.join(ROOT, "train.py"), ".")
+    environment = os.environ | {
+        "PATH": f"{os.path.abspath('bin')}:{os.environ['PATH']}", "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
+    for hours, asked in (("1e-9", ["requeue 7\n"]), ("23.5", ["requeue 7\n"])):
+        subprocess.run(["bash", "-c", script.replace("23.5", hours).replace("29500", str(free_port()))],
+                       env=environment, timeout=200)
+        assert open("asked").readlines() == asked
+    assert len(losses_of("r")) == 3
+
+
+def free_port():
+    with socket.socket() as here:
+        here.bind(("localhost", 0))
+        return here.getsockname()[1]
 
 
 def test_lines_that_make_rows():

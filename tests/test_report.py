@@ -1,32 +1,51 @@
 """What the person sees: the rows' report, the summary, evaluations, samples and the closing table."""
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import DATA, FEW_ROWS, ROOT, TINY_RUN, make_trainer, write_lines
+from conftest import DATA, FEW_ROWS, ROOT, TINY_RUN, make_trainer, read_lines, write_lines
 
 import engine.report
-from engine.report import Report, notes_of, print_results, print_samples
+from engine.report import Progress, Report, notes_of, print_results, print_samples
 from losses import OBJECTIVES
 
 
 def test_what_the_person_sees(run, capsys, sft_run):
-    run(*TINY_RUN, f"eval_data={FEW_ROWS}", "loss=dpo", f"model={sft_run}/LATEST")
+    run(*TINY_RUN, f"eval_data={FEW_ROWS}", "loss=dpo", f"model={sft_run}/LATEST", "eval_every=1")
     output = capsys.readouterr().out
+    assert "at step 1\n" not in output and len(read_lines("runs/dpo/samples.jsonl")) == 8
     for said in (f"run        {os.path.abspath('runs/dpo')}\n", "llama, 440,704 parameters in float32 on ",
                  "reference  the model's starting weights", "loss       dpo beta=0.1 label_smoothing=0.0",
                  "data       400 of 400 rows used, 0 dropped, 0 cut to fit\n",
                  "eval data  8 of 400 rows used, 0 dropped, 0 cut to fit, 392 beyond what was asked for\n",
-                 "steps      3 of 4 examples; ", "step 0: eval/loss 0.6931, eval/rewards/chosen 0, ",
-                 "sample 2 of 2 at step 3\n",
+                 "steps      3 of 4 examples; ",
+                 "\nstep 0  eval  loss 0.693  accuracy 0  margin 0  KL 0\n",
+                 "\nsample 2 of 2 at step 0\n", "\nsample 2 of 2 at step 3\n", "\nstep 2  eval  loss",
                  "evaluation                            step 0        step 3\n"
                  "loss                                  0.6931        ",
                  "checkpoint  runs/dpo/LATEST -> step-000003\n"):
         assert said in output, said
     assert output.endswith("use it by   model=runs/dpo/LATEST\n")
+
+
+def test_lines_of_training_where_nobody_watches(monkeypatch, capsys):
+    """One every 30 seconds, by a clock of which a step takes 20; the evaluation before it took 400."""
+    now = iter([0, 400, 420, 440, 4040, 4060])
+    monkeypatch.setattr(engine.report.time, "monotonic", lambda: next(now))
+    metrics = {"loss": 0.89312, "rewards/accuracies": 0.7124, "grad_norm": 0.4149, "lr": 1.7e-3}
+    with Progress(768, 118) as bar:
+        for step, more in ((119, {}), (120, {"tokens_per_second": 10400.4}), (121, {}), (122, {"lr": 5e-7}),
+                           (123, {"loss": math.nan})):
+            bar.advance(step, 768, metrics | more)
+    said = "loss 0.893  accuracy 0.71  grad_norm 0.41"
+    assert capsys.readouterr().out.splitlines() == [
+        f"step 119/768  {said}  lr 1.7e-03  6:40 gone",
+        f"step 121/768  {said}  lr 1.7e-03  10,400 tokens/s  7:20 gone, 3:35:40 left",
+        f"step 122/768  {said}  lr 5.0e-07  10,400 tokens/s  1:07:20 gone, 217:43:33 left"]
 
 
 def test_a_file_without_evaluation_says_so(run, capsys):
@@ -35,7 +54,7 @@ def test_a_file_without_evaluation_says_so(run, capsys):
     output = capsys.readouterr().out
     assert "eval data  none, so no evaluation; eval_data= names one\n" in output
     assert "training                              step 1        step 3\n" in output
-    assert "eval/" not in output and "sample 1" not in output
+    assert "  eval  " not in output and "sample 1" not in output
 
 
 def test_a_reports_lines_by_hand():
@@ -81,7 +100,7 @@ def test_samples_are_cut_to_what_a_terminal_shows(capsys):
                       {"prompt": "one\n two", "policy": "\x1b[2Jx"}])
     assert capsys.readouterr().out == (
         f"\nsample 1 of 2 at step 7\nprompt{'':<16}... {'b' * 300}\npolicy{'':<16}{'c' * 300} ...\n"
-        f"reward{'':<16}1.5\n\nsample 2 of 2 at step 7\nprompt{'':<16}one two\npolicy{'':<16}\ufffd[2Jx\n")
+        f"reward{'':<16}1.5\n\nsample 2 of 2 at step 7\nprompt{'':<16}one two\npolicy{'':<16}\ufffd[2Jx\n\n")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
