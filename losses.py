@@ -38,9 +38,9 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
         -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h),  e = label_smoothing
 
-    e is the probability that a label is flipped; 0 gives DPO.
-    logps: (B,) float, nats summed over response tokens. Returns losses (B,) and metrics.
-    Raises ValueError if beta <= 0, label_smoothing is outside [0, 0.5) or sft_weight < 0.
+    e is the probability that a label is flipped; 0 gives DPO. TRL's label_smoothing (1.16) is not cDPO's but
+    the unbiased rDPO's, arXiv:2403.00409. logps: (B,) float, nats summed over response tokens. Returns losses
+    (B,) and metrics. Raises ValueError if beta <= 0, label_smoothing is outside [0, 0.5) or sft_weight < 0.
     """
     check(beta > 0, "beta", beta, "above 0")
     check(0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "in [0, 0.5)")
