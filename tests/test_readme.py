@@ -86,7 +86,7 @@ def put_in_place(arguments):
     if given.get("max_steps") != "0":
         arguments.append("max_steps=2")
     return [*arguments, "batch_size=2", "num_eval_examples=4", "sample_max_tokens=4",
-            "max_length=400", "exp_name=page", "wandb=disabled", "lr_schedule=constant"]
+            "max_length=400", "exp_name=page", "wandb=disabled", "lr_schedule=constant", "log_every=1"]
 
 
 @pytest.mark.parametrize("command", [x for x in commands() if x.startswith("python")])
