@@ -86,8 +86,9 @@ def load_data(config, objective, checkpoint=None) -> RunData:
 def load_data_on(today, config, objective, checkpoint):
     sources = as_list(config.eval_data) or [name for name in as_list(config.data) if name in DATASETS]
     reports = {"data": Report(), "eval data": Report()}
+    gives_rewards = config.reward_model or getattr(config, config.loss, {}).get("default_rewards")
     read = functools.partial(load_rows, objective=objective, template=config.prompt_template,
-                             may_lack_rewards=config.reward_model is not None)
+                             may_lack_rewards=bool(gives_rewards))
     train_rows = [read(name, "train", report=reports["data"])[0] for name in as_list(config.data)]
     eval_rows = [read(name, "test", report=reports["eval data"])[0] for name in sources]
 
@@ -272,6 +273,8 @@ def load_rows(sources, split, objective, template=None, attributes=None, may_lac
                 if value is not None and kinds.setdefault(name, type(value)) is not type(value):
                     raise InputError(f"{where}: column {name} is {value!r}, where rows before have the other "
                                      "of a number and a list: give all the same")
+            if None in row.columns.values():
+                report.note("bring no rewards: reward_model or default_rewards gives them")
             rows.append(row)
         except Dropped as reason:
             report.drop(reason, where)

@@ -33,23 +33,28 @@ def sft_loss(policy_chosen_logps):
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-             *, beta, label_smoothing=0.0, sft_weight=0.0):
+             *, beta, label_smoothing=0.0, sft_weight=0.0, average_logps=False, chosen_length=None,
+             rejected_length=None):
     """DPO (Rafailov et al. 2023, arXiv:2305.18290, Eq. 7) and conservative DPO (Mitchell 2023, cDPO note).
 
         -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h),  e = label_smoothing
 
     e is the probability that a label is flipped; 0 gives DPO. TRL's label_smoothing (1.16) is not cDPO's but
-    the unbiased rDPO's, arXiv:2403.00409. logps: (B,) float, nats summed over response tokens. Returns losses
-    (B,) and metrics. Raises ValueError if beta <= 0, label_smoothing is outside [0, 0.5) or sft_weight < 0.
+    the unbiased rDPO's, arXiv:2403.00409. logps: (B,) float, nats summed over response tokens.
+    average_logps: log-ratios and the SFT term are means over a response's tokens, of which there are
+    chosen_length, rejected_length, (B,) (NeMo-Aligner's preference_average_log_probs; Tulu 3's loss).
+    Returns losses (B,) and metrics. Raises ValueError if beta <= 0, label_smoothing is outside [0, 0.5) or
+    sft_weight < 0.
     """
+    chosen_length, rejected_length = (chosen_length, rejected_length) if average_logps else (1, 1)
     check(beta > 0, "beta", beta, "above 0")
     check(0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "in [0, 0.5)")
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps) / chosen_length
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps) / rejected_length
     margins = chosen_rewards - rejected_rewards  # beta h
     losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
     return preference_result(losses, chosen_rewards, rejected_rewards,
-                             policy_chosen_logps, policy_rejected_logps, sft_weight)
+                             policy_chosen_logps, policy_rejected_logps, sft_weight, chosen_length)
 
 
 def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
@@ -57,24 +62,24 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     """IPO (Azar et al. 2023, arXiv:2310.12036, Eq. 17): (h - 1/(2 beta))^2; the paper's tau is `beta`.
 
     average_logps=False: h from log-probabilities summed over tokens (the DPO authors' code, NeMo-Aligner).
-    average_logps=True: from each response's mean over its tokens (TRL, after its authors asked IPO's).
+    average_logps=True: from each response's mean over its tokens (TRL, after its authors asked IPO's), and
+    so is the SFT term.
     logps: (B,) float, nats summed over response tokens. chosen_length, rejected_length: (B,), the responses'
     tokens, read only when averaging. Rewards are beta times the log-ratios that the loss used.
     Returns losses (B,) and metrics. Raises ValueError if beta <= 0 or sft_weight < 0.
     """
+    chosen_length, rejected_length = (chosen_length, rejected_length) if average_logps else (1, 1)
     check(beta > 0, "beta", beta, "above 0")
-    chosen_ratios = policy_chosen_logps - reference_chosen_logps
-    rejected_ratios = policy_rejected_logps - reference_rejected_logps
-    if average_logps:
-        chosen_ratios = chosen_ratios / chosen_length
-        rejected_ratios = rejected_ratios / rejected_length
+    chosen_ratios = (policy_chosen_logps - reference_chosen_logps) / chosen_length
+    rejected_ratios = (policy_rejected_logps - reference_rejected_logps) / rejected_length
     losses = (chosen_ratios - rejected_ratios - 1 / (2 * beta)).square()
     return preference_result(losses, beta * chosen_ratios, beta * rejected_ratios,
-                             policy_chosen_logps, policy_rejected_logps, sft_weight)
+                             policy_chosen_logps, policy_rejected_logps, sft_weight, chosen_length)
 
 
 def rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-             *, chosen_reward, rejected_reward, beta, reward_scale=1.0, divergence="bwd_kl", sft_weight=0.0):
+             *, chosen_reward, rejected_reward, beta, reward_scale=1.0, divergence="bwd_kl", sft_weight=0.0,
+             average_logps=False, chosen_length=None, rejected_length=None):
     """NVIDIA's reward-aware preference optimization (arXiv:2406.11704; arXiv:2502.00203; NeMo-Aligner).
 
     At least four published methods are called RPO; this one pulls the model's preference
@@ -86,14 +91,15 @@ def rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
     The two KL names are NeMo-Aligner's, which names distillation's the other way round.
     logps: (B,) float, nats summed over response tokens. chosen_reward, rejected_reward: (B,), r_w and r_l,
-    from the data. Returns losses (B,) and metrics.
+    from the data. average_logps and the lengths as in dpo_loss. Returns losses (B,) and metrics.
     Raises ValueError if beta <= 0, reward_scale <= 0, sft_weight < 0 or the divergence is unknown.
     """
     check(beta > 0, "beta", beta, "above 0")
+    chosen_length, rejected_length = (chosen_length, rejected_length) if average_logps else (1, 1)
     check(reward_scale > 0, "reward_scale", reward_scale, "above 0")
     check(divergence in ("bwd_kl", "fwd_kl", "sq"), "divergence", divergence, "bwd_kl, fwd_kl or sq")
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps) / chosen_length
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps) / rejected_length
     model_margins = chosen_rewards - rejected_rewards  # beta h
     data_margins = reward_scale * (chosen_reward - rejected_reward)
     if divergence == "bwd_kl":
@@ -103,7 +109,7 @@ def rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     else:
         losses = (model_margins - data_margins).square()
     return preference_result(losses, chosen_rewards, rejected_rewards,
-                             policy_chosen_logps, policy_rejected_logps, sft_weight)
+                             policy_chosen_logps, policy_rejected_logps, sft_weight, chosen_length)
 
 
 def spin_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
@@ -188,11 +194,11 @@ def bernoulli_kl(a, b):
 
 
 def preference_result(preference_losses, chosen_rewards, rejected_rewards,
-                      policy_chosen_logps, policy_rejected_logps, sft_weight=0.0):
-    """What every pairwise loss ends with: its metrics, and sft_weight * -log pi(y_w|x), summed over tokens.
+                      policy_chosen_logps, policy_rejected_logps, sft_weight=0.0, chosen_length=1):
+    """What every pairwise loss ends with: its metrics, and sft_weight * -log pi(y_w|x) / chosen_length.
 
-    All tensors (B,). Returns losses (B,) and metrics; with a weight, both parts of the loss are metrics too.
-    Raises ValueError if sft_weight < 0.
+    All tensors (B,); a chosen_length of 1 sums over tokens. Returns losses (B,) and metrics; with a weight,
+    both parts of the loss are metrics too. Raises ValueError if sft_weight < 0.
     """
     check(sft_weight >= 0, "sft_weight", sft_weight, "at least 0")
     metrics = {
@@ -205,8 +211,9 @@ def preference_result(preference_losses, chosen_rewards, rejected_rewards,
     }
     losses = preference_losses
     if sft_weight > 0:
-        losses = preference_losses - sft_weight * policy_chosen_logps
-        metrics |= {"preference_loss": preference_losses, "sft_loss": -policy_chosen_logps}
+        sft_losses = -policy_chosen_logps / chosen_length
+        losses = preference_losses + sft_weight * sft_losses
+        metrics |= {"preference_loss": preference_losses, "sft_loss": sft_losses}
     return losses, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -290,11 +297,12 @@ class Objective:
 FUNCTIONS = ("loss", "token_values", "add_responses", "self_play", "after_step")  # that take settings
 OBJECTIVES = {
     "sft": Objective(sft_loss, needs_pairs=False, needs_reference=False),
-    "dpo": Objective(dpo_loss, needs_pairs=True, needs_reference=True),
+    "dpo": Objective(dpo_loss, needs_pairs=True, needs_reference=True,
+                     columns=("chosen_length", "rejected_length")),
     "ipo": Objective(ipo_loss, needs_pairs=True, needs_reference=True,
                      columns=("chosen_length", "rejected_length")),
     "rpo": Objective(rpo_loss, needs_pairs=True, needs_reference=True,
-                     columns=("chosen_reward", "rejected_reward")),
+                     columns=("chosen_reward", "rejected_reward", "chosen_length", "rejected_length")),
     "spin": Objective(spin_loss, needs_pairs=True, needs_reference=True, self_play=own_answer_as_rejected,
                       moves_reference=True, evaluated_as="sft"),
     "rm": Objective(rm_loss, needs_pairs=True, needs_reference=False, inputs="scores"),

@@ -107,8 +107,8 @@ class Trainer:
         """Puts settings into the losses, and sets lr: a list has a value for each iteration of self-play."""
         block = getattr(self.config, self.config.loss, {})
         block = SELF_PLAY | block if self.objective.self_play else block
-        self.settings = {name: value[self.iteration] if isinstance(value, list) else value
-                         for name, value in block.items()}
+        self.settings = {name: value[self.iteration] if isinstance(value, list) and self.objective.self_play
+                         else value for name, value in block.items()}
         self.train_objective = self.eval_objective = self.objective.bound(self.settings | self.state)
         if other := self.objective.evaluated_as:  # self-play as SFT on the data's responses
             self.eval_objective = OBJECTIVES[other].bound(getattr(self.config, other))
@@ -308,10 +308,12 @@ class Trainer:
         return self.self_play.examples(self.train_objective.self_play, self.opponent, self.iteration, score)
 
     def fill_in_rewards(self):
-        """Gives rows that came without rewards those of the reward model."""
+        """Gives rows that came without rewards the default ones, or those of the reward model."""
         lacking = [example for example in [*self.data.train_examples, *self.data.eval_examples]
                    if None in example.columns.values()]
-        for example, scores in zip(lacking, self.score(lacking) if lacking else ()):
+        default = self.settings.get("default_rewards")
+        scored = [default] * len(lacking) if default else self.score(lacking) if lacking else ()
+        for example, scores in zip(lacking, scored):
             example.columns |= {LIST_REWARDS: scores} if self.objective.needs_lists else dict(
                 zip(REWARDS, scores))
 

@@ -20,6 +20,20 @@ PATHS = ("model", "reference", "tokenizer", "reward_model")  # keys that name a 
 CACHE = "runs/reference_cache"  # the folder of reference_cache=true
 FIELD = re.compile(r"\{([^{}]+)\}")  # in a prompt_template
 FORMER = {"attribute_template": "prompt_template"}
+ELSEWHERE = {  # names of the same things in transformers, TRL and NeMo-Aligner
+    "learning_rate": "lr", "weight_decay": "optimizer_args.weight_decay", "optim": "optimizer",
+    "epochs": "num_epochs", "num_train_epochs": "num_epochs", "max_epochs": "num_epochs",
+    "beta": "dpo.beta, ipo.beta or that of another loss", "label_smoothing": "dpo.label_smoothing",
+    "loss_type": "loss", "model_name_or_path": "model", "model_name": "model", "ref_model": "reference",
+    "train_batch_size": "batch_size, of all devices together", "global_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size, of all devices together",
+    "per_device_eval_batch_size": "eval_batch_size", "micro_batch_size": "max_tokens_per_microbatch",
+    "warmup_ratio": "warmup_steps, below 1 a fraction", "lr_scheduler_type": "lr_schedule",
+    "max_seq_length": "max_length", "output_dir": "run_dir", "dataset": "data", "dataset_name": "data",
+    "eval_steps": "eval_every", "save_steps": "save_every", "logging_steps": "log_every",
+    "save_total_limit": "keep_checkpoints", "load_best_model_at_end": "keep_best",
+    "gradient_checkpointing": "activation_checkpointing", "gradient_clip_val": "max_grad_norm",
+    "max_time": "max_hours", "bf16": "compute_dtype=bfloat16", "report_to": "wandb"}
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|trust_remote_code|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
     "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
@@ -68,7 +82,9 @@ def read_arguments(arguments: list[str]) -> dict:
     while arguments:
         argument = arguments.pop(0)
         if argument == "--config" and arguments:
-            given |= flatten(read_yaml(arguments.pop(0)), rules)
+            argument = f"--config={arguments.pop(0)}"
+        if argument.startswith("--config="):
+            given |= flatten(read_yaml(argument.partition("=")[2]), rules)
             continue
         key, equals, text = argument.partition("=")
         if not equals or key.startswith("-"):
@@ -155,7 +171,9 @@ def flatten(settings, rules, prefix=""):
                                  + ", ".join(block))
             own = flatten(value or {}, rules, key + ".")
         else:
-            raise InputError(f"{key} is no key of config.yaml" + nearest(key, rules, ": --help lists them"))
+            own = f"; here it is {ELSEWHERE[key]}" if key in ELSEWHERE else ""
+            raise InputError(f"{key} is no key of config.yaml"
+                             + (own or nearest(key, rules, ": --help lists them")))
         for twice in own.keys() & flat.keys():
             raise InputError(f"{twice} stands twice, dotted and in its block: keep one of the two")
         flat |= own
@@ -252,8 +270,15 @@ def check_config(config, objectives, knows_base=False):
     if config.wandb != "disabled" and not getattr(importlib.util.find_spec("wandb"), "origin", None):
         raise InputError(f"wandb={config.wandb} needs the wandb library: pip install wandb")
     block = getattr(config, config.loss, {})
+    highest = block.get("lr") or config.lr
+    if config.min_lr > min(highest if isinstance(highest, list) else [highest]):
+        raise InputError(f"min_lr={config.min_lr} is above the rate from which it is reached, {highest}: "
+                         "lower it")
     for name, value in block.items():
-        if isinstance(value, list) and len(value) != block.get("iterations", 1):
+        if name == "default_rewards" and value and (len(value) != 2 or config.reward_model):
+            raise InputError(f"{config.loss}.{name}={value} must be two numbers, as [1,0], and goes without "
+                             "reward_model, which gives rewards too")
+        if name != "default_rewards" and isinstance(value, list) and len(value) != block.get("iterations", 1):
             raise InputError(f"{config.loss}.{name}={value} is a list of {len(value)} where {config.loss}."
                              f"iterations={block.get('iterations', 1)}: give one number, or one for each")
     check_models(config, objectives[config.loss])

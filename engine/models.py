@@ -366,13 +366,17 @@ def check_optimizer(config):
 
 
 def learning_rate(step, num_steps, lr, config) -> float:
-    """The rate of the step that follows `step` finished ones: linear warmup to lr, then the schedule."""
+    """The rate of the step that follows `step` finished ones: linear warmup to lr, then the schedule down to
+    min_lr."""
     warmup = config.warmup_steps
+    if isinstance(warmup, float):
+        warmup = math.ceil(round(warmup * num_steps, 6))  # for 0.1 * 30 is 3.0000000000000004
     rate = lr * min(1, (step + 1) / (warmup + 1))
     if config.lr_schedule == "constant" or step <= warmup:
         return rate
     left = (num_steps - step) / (num_steps - warmup)
-    return rate * (left if config.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+    share = left if config.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return config.min_lr + (rate - config.min_lr) * share
 
 
 def as_steps(interval, num_rows, batch_size) -> int:

@@ -23,7 +23,7 @@ SELF_PLAY = {  # what a block of self-play may set, and what is so where it has 
     "iterations": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 128, "mix_previous": False,
     "reset_optimizer": False, "answers": "sample", "num_prompts": None, "num_answers": 1}
 WEIGHT = "weight"  # (name, WEIGHT) holds the weights of a metric that has its own
-TRAINERS_KEYS = ("average", "train_on", "lr")  # of any block, besides what its functions name
+TRAINERS_KEYS = ("average", "train_on", "lr", "default_rewards")  # of a block, besides what functions name
 
 
 # ---------------------------------------------------------------- what a loss is given

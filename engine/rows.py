@@ -52,7 +52,8 @@ def read_numbers(row, where, name, count=None):
     if value is None:
         alias = f" (or {COLUMN_ALIASES[name]})" if name in COLUMN_ALIASES else ""
         helps = (" (where a row has no reward, reward_model= gives all)" if name == LIST_REWARDS else
-                 " (where a pair has neither reward, reward_model= gives both)" if name in REWARDS else "")
+                 " (where a pair has neither reward, reward_model= or rpo.default_rewards= gives both)"
+                 if name in REWARDS else "")
         raise InputError(f"{where}: the objective needs a column {name}{alias}, a number{helps}; "
                          f"the row has {', '.join(map(str, row))}")
     if count is None or not isinstance(value, list):

@@ -7,7 +7,8 @@ from losses import Objective, dpo_loss
 
 
 def normalised_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
-                    reference_rejected_logps, *, beta, label_smoothing=0.0, sft_weight=0.0):
+                    reference_rejected_logps, *, beta, label_smoothing=0.0, sft_weight=0.0,
+                    average_logps=False):
     """Margins in units of their spread over the batch."""
     margins = policy_chosen_logps - reference_chosen_logps - policy_rejected_logps + reference_rejected_logps
     scaled = margins / margins.std()

@@ -50,7 +50,8 @@ def test_a_file_of_settings_and_the_command_line_over_it():
     config = config_of("--config", "mine.yaml", "lr=1e-6")
     assert (config.loss, config.lr, config.ipo["beta"], config.ipo["average_logps"]) == (
         "ipo", 1e-6, 0.4, False)
-    assert config_of("lr=1e-6", "--config", "mine.yaml").lr == 5e-7  # the later over the earlier
+    for file in (["--config", "mine.yaml"], ["--config=mine.yaml"]):
+        assert config_of("lr=1e-6", *file).lr == 5e-7  # the later over the earlier
 
 
 def test_local_paths_become_absolute_and_names_stay():

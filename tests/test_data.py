@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from conftest import DATA, FEW_ROWS, config_of, shared, write_lines
+from conftest import DATA, FEW_ROWS, config_of, losses_of, numbers, shared, write_lines
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -205,6 +205,24 @@ def test_pairs_may_lack_rewards_where_a_reward_model_will_fill_them():
     for changes, allowed in (({}, False), ({"score_chosen": 2}, True), ({"margin": None}, True)):
         with pytest.raises(InputError, match="x: the objective needs a column"):
             read_row(row | changes, "x", True, names, may_lack_rewards=allowed)
+
+
+def test_default_rewards(run, refused, capsys):
+    """For pairs that bring none, as if they stood there; half a pair is still refused."""
+    bare = [{"prompt": f"p {i}", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    write_lines("bare.jsonl", bare)
+    write_lines("rated.jsonl", [row | {"chosen_reward": 2.5, "rejected_reward": 1} for row in bare])
+    settings = ["loss=rpo", "eval_data=null", "batch_size=4", "max_steps=2", "num_epochs=9", "num_samples=0"]
+    run("data=bare.jsonl", *settings, "rpo.default_rewards=[2.5,1]", "run_dir=a")
+    assert "8 rows bring no rewards" in capsys.readouterr().out
+    run("data=rated.jsonl", *settings, "rpo.default_rewards=[7,0]", "run_dir=b")
+    assert numbers("a") == numbers("b") and losses_of("a")[0] > 0.1
+    assert "rpo.default_rewards= gives both" in refused("data=bare.jsonl", *settings, "run_dir=c")
+    write_lines("bare.jsonl", [row | {"chosen_reward": 1} for row in bare])
+    assert "needs a column rejected_reward" in refused("data=bare.jsonl", *settings, "run_dir=c",
+                                                       "rpo.default_rewards=[1,0]")
+    for wrong in (["rpo.default_rewards=[1]"], ["rpo.default_rewards=[1,0]", "reward_model=tiny"]):
+        assert "must be two numbers" in refused("data=bare.jsonl", *settings, *wrong)
 
 
 def test_reward_columns_and_their_aliases():

@@ -98,7 +98,7 @@ def test_of_equal_responses_some_may_stay():
     assert "must " in said_of(InputError, read, {"prompt": "p", "responses": ["a", "b", [A("b")]]})
 
 
-def rewarded(policy_logps, *, rewards, beta, label_smoothing=0.0, sft_weight=0.0):
+def rewarded(policy_logps, *, rewards, beta, label_smoothing=0.0, sft_weight=0.0, average_logps=False):
     return -(rewards.softmax(-1) * policy_logps.log_softmax(-1)).sum(-1), {"rewards/all": rewards.sum(-1)}
 
 
@@ -167,7 +167,7 @@ def test_borrowed_answers_are_cut_and_counted(dpo_is):
         others = [*examples[1:], examples[0]]
         return [x.with_responses(x.responses[0], other.responses[0]) for x, other in zip(examples, others)]
 
-    def loss(chosen, rejected, *, label, beta, label_smoothing=0.0, sft_weight=0.0):
+    def loss(chosen, rejected, *, label, beta, label_smoothing=0.0, sft_weight=0.0, average_logps=False):
         return -(chosen - rejected) * label, {"kept": (label, label)}
     dpo_is(loss, needs_pairs=True, columns=("label",), add_responses=borrow)
     words = [(5, 2), (3, 9), (9, 1), (1, 4), (8, 3)]  # of prompt and response, and an end token

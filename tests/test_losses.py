@@ -30,6 +30,21 @@ SCORES = [torch.tensor([x], dtype=torch.float64) for x in (2.0, 0.5)]
 LOGITS = [torch.tensor([[0.0, math.log(3)]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)]
 
 
+def test_means_over_tokens_by_hand():
+    """With 2 and 4 tokens the log-ratios +1 and -1 become 1/2 and -1/4, h = 3/4, and -log pi(y_w) = 1 becomes
+    1/2: NeMo-Aligner's preference_average_log_probs, with its default for the SFT term."""
+    margin = 0.5 * 0.75
+    p, q = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-margin))  # of the rewards 3 and 1, and of the model
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    for name, options, expected in (
+            ("dpo", LENGTHS, math.log(1 + math.exp(-margin))), ("rpo", LENGTHS, kl),
+            ("rpo", LENGTHS | {"divergence": "sq"}, (margin - 2) ** 2), ("ipo", {}, (0.75 - 1) ** 2)):
+        values, metrics = PAIRWISE[name](*PAIR, average_logps=True, sft_weight=0.1, **options)
+        assert values.item() == pytest.approx(expected + 0.1 * 0.5, abs=1e-12), name
+        got = [metrics[x].item() for x in ("rewards/chosen", "rewards/rejected", "sft_loss", "logps/chosen")]
+        assert got == [0.25, -0.125, 0.5, -1.0]
+
+
 def test_sft_is_minus_the_summed_logp():
     values, metrics = sft_loss(torch.tensor([-3.5, -1.0]))
     assert values.tolist() == [3.5, 1.0]

@@ -254,13 +254,18 @@ def test_an_optimizers_arguments_reach_it():
     ("cosine", [1 / 3, 2 / 3, 1, 0.5 + 2 ** 0.5 / 4, 0.5, 0.5 - 2 ** 0.5 / 4]),
 ])
 def test_schedules_by_hand(schedule, expected):
-    config = SimpleNamespace(warmup_steps=2, lr_schedule=schedule)
+    config = SimpleNamespace(warmup_steps=2, lr_schedule=schedule, min_lr=0.0)
     assert [learning_rate(t, 6, 1.0, config) for t in range(6)] == pytest.approx(expected)
     assert [learning_rate(t, 6, 0.5, config) for t in range(6)] == pytest.approx([x / 2 for x in expected])
+    config.warmup_steps = 0.3  # 1.8 of 6 steps, rounded up
+    assert [learning_rate(t, 6, 1.0, config) for t in range(6)] == pytest.approx(expected)
+    config.min_lr = 0.2  # the warmup is as it was, and what follows it ends there
+    assert [learning_rate(t, 6, 1.0, config) for t in range(6)] == pytest.approx(
+        [*expected[:3], *(x if schedule == "constant" else 0.2 + 0.8 * x for x in expected[3:])])
 
 
 def test_warmup_longer_than_the_run():
-    config = SimpleNamespace(warmup_steps=9, lr_schedule="linear")
+    config = SimpleNamespace(warmup_steps=9, lr_schedule="linear", min_lr=0.0)
     assert [learning_rate(t, 3, 1.0, config) for t in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 

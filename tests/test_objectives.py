@@ -26,7 +26,7 @@ from losses import Objective, dpo_loss, own_answer_as_rejected, rm_loss, rpo_los
 
 QUICK = [f"eval_data={FEW_ROWS}", "num_samples=0"]
 EXACT = ["dtype=float64", "compute_dtype=float64"]
-KEYS = {"dpo.beta": 0.1, "dpo.label_smoothing": 0.0, "dpo.sft_weight": 0.0}
+KEYS = {"dpo.beta": 0.1, "dpo.label_smoothing": 0.0, "dpo.average_logps": False, "dpo.sft_weight": 0.0}
 TEN = write_lines(os.path.join(TEMPORARY.name, "ten.jsonl"), toy("train", True)[:10])
 LISTS = write_lines(os.path.join(TEMPORARY.name, "lists.jsonl"), [
     {"prompt": row["prompt"],
@@ -156,7 +156,7 @@ WHOLE = ["loss=dpo", *QUICK, *EXACT, "dpo.beta=2", "max_grad_norm=null", "lr=0",
 
 
 def normalised_by_token(chosen, rejected, reference_chosen, reference_rejected, *, chosen_mask,
-                        rejected_mask, beta, label_smoothing=0.0, sft_weight=0.0):
+                        rejected_mask, beta, label_smoothing=0.0, sft_weight=0.0, average_logps=False):
     chosen, reference_chosen = ((x * chosen_mask).sum(-1) for x in (chosen, reference_chosen))
     rejected, reference_rejected = ((x * rejected_mask).sum(-1) for x in (rejected, reference_rejected))
     return normalised_loss(chosen, rejected, reference_chosen, reference_rejected, beta=beta)
@@ -222,7 +222,8 @@ def test_the_whole_batch_on_two_ranks(sft_run):
 
 
 def weighing(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-             *, chosen_reward, rejected_reward, beta, reward_scale, divergence, sft_weight):
+             *, chosen_reward, rejected_reward, beta, reward_scale, divergence, sft_weight,
+             chosen_length, rejected_length, default_rewards=None, average_logps=False):
     """RPO, and the mean reward of those above 0; a mean over none; the mean over all."""
     losses, _ = rpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
                          reference_rejected_logps, chosen_reward=chosen_reward,
@@ -249,7 +250,7 @@ def test_a_metric_is_averaged_over_its_own_weights(whole_batch, run, monkeypatch
 
 
 def test_a_run_goes_on_with_a_metric_that_has_no_weight(dpo_is, run):
-    def loss(policy_chosen_logps, *, sft_weight=0.0, beta, label_smoothing=0.0):
+    def loss(policy_chosen_logps, *, sft_weight=0.0, beta, label_smoothing=0.0, average_logps=False):
         own = policy_chosen_logps.detach()
         return -policy_chosen_logps, {"none": (own, 0 * own), "short": (own, (own > -1e3).to(own.dtype))}
     dpo_is(loss, needs_pairs=False, needs_reference=False)
@@ -419,8 +420,8 @@ def test_a_key_of_a_block_that_nothing_reads_is_refused(dpo_is, refused):
     with pytest.raises(InputError, match="nothing reads answers, iterations of"):  # those of self-play alone
         check_table({"dpo": Objective(one, **ONE)}, {"dpo.iterations": 2, "dpo.answers": "wait"})
     dpo_is(one, **ONE)
-    assert refused("loss=sft") == ("losses.py, OBJECTIVES['dpo']: nothing reads beta, label_smoothing, "
-                                   "sft_weight of its block in config.yaml")
+    assert refused("loss=sft") == ("losses.py, OBJECTIVES['dpo']: nothing reads average_logps, beta, "
+                                   "label_smoothing, sft_weight of its block in config.yaml")
 
 
 def test_a_whole_batch_may_be_compared():
@@ -525,7 +526,8 @@ def test_a_reference_that_moves_on_two_ranks(sft_run):
 # ---------------------------------------------------------------- the reference of lists, kept
 
 
-def lists_loss(policy_logps, reference_logps, *, beta, label_smoothing=0.0, sft_weight=0.0):
+def lists_loss(policy_logps, reference_logps, *, beta, label_smoothing=0.0, sft_weight=0.0,
+               average_logps=False):
     """The first response against all."""
     return -(beta * (policy_logps - reference_logps)).log_softmax(-1)[:, 0], {}
 
@@ -557,7 +559,8 @@ def test_the_reference_of_lists_of_three_and_four_is_computed_once(dpo_is, capsy
 
 
 def masked_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-                *, chosen_mask, rejected_mask, beta, label_smoothing=0.0, sft_weight=0.0):
+                *, chosen_mask, rejected_mask, beta, label_smoothing=0.0, sft_weight=0.0,
+                average_logps=False):
     chosen = ((policy_chosen_logps - reference_chosen_logps) * chosen_mask).sum(-1)
     rejected = ((policy_rejected_logps - reference_rejected_logps) * rejected_mask).sum(-1)
     return -F.logsigmoid(beta * (chosen - rejected)), {}

@@ -151,7 +151,8 @@ def test_a_losses_settings_are_those_of_its_runs(two, capsys):
     assert " ".join(printed[0]).startswith("settings of n are not compared: no_such_key is no key")
     assert printed[1:] == [
         "setting a i".split(), "loss dpo ipo".split(), "seed 1 2".split(), "dpo.beta 1.0 -".split(),
-        "dpo.label_smoothing 0.0 -".split(), "dpo.sft_weight 0.0 -".split(), "ipo.beta - 0.3".split(),
+        "dpo.label_smoothing 0.0 -".split(), "dpo.average_logps false -".split(),
+        "dpo.sft_weight 0.0 -".split(), "ipo.beta - 0.3".split(),
         "ipo.average_logps - false".split(), "ipo.sft_weight - 0.0".split()]
 
 

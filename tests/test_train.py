@@ -21,12 +21,15 @@ import train
 from losses import OBJECTIVES
 
 BAD_INPUT = [  # arguments, and what is said
-    (["learning_rate=1"], "learning_rate is no key of config.yaml: --help lists them"),
+    (["learning_rate=1"], "learning_rate is no key of config.yaml; here it is lr"),
+    (["weight_decay=0.1"], "weight_decay is no key of config.yaml; here it is optimizer_args.weight_decay"),
+    (["beta=0.1"], "beta is no key of config.yaml; here it is dpo.beta, ipo.beta or that of another loss"),
+    (["xyz=1"], "xyz is no key of config.yaml: --help lists them"),
     (["btach_size=1"], "btach_size is no key of config.yaml; the nearest is batch_size"),
     (["dpo.betta=1"], "dpo.betta is no key of config.yaml; the nearest is dpo.beta"),
     (["LR=1"], "LR is no key of config.yaml; the nearest is lr"),
     (["loss=dpo", "dpo=0.1"], "dpo=0.1 is not allowed: dpo is a block with keys of its own, dpo.beta, "
-     "dpo.label_smoothing, dpo.sft_weight"),
+     "dpo.label_smoothing, dpo.average_logps, dpo.sft_weight"),
     (["--config", "block.yaml"],
      "fsdp=True is not allowed: fsdp is a block with keys of its own, fsdp.replicas"),
     (["--config", "twice.yaml"], "dpo.beta stands twice, dotted and in its block: keep one of the two"),
