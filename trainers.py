@@ -10,9 +10,9 @@ from collections import Counter
 import torch
 from transformers import PreTrainedModel
 
-from engine.batches import LIST_REWARDS, REWARDS, Batch, Batcher, Example, default_max_tokens, stream
-from engine.cache import ReferenceCache, score_or_read
-from engine.checkpoints import COUNTERS, Checkpoints, keep_models, read_state, restore_state
+from engine.batches import Batch, Batcher, Example, default_max_tokens, stream
+from engine.cache import ReferenceCache, fill_in_rewards, score_or_read
+from engine.checkpoints import Checkpoints, keep_models, restore_state
 from engine.distributed import (WAITS, Stopped, StopRequest, device, full_tensor, meta_copy, num_ranks,
                                 shard, shard_frozen, sync_gradients)
 from engine.dry_run import tokens_that_fit
@@ -26,6 +26,7 @@ from engine.objectives import (SELF_PLAY, add_to_sums, call_loss, can_cache, joi
                                read_values, step_state, token_losses)
 from engine.report import Progress, describe_failure, print_evaluation, print_samples
 from engine.sampling import Sampler, SelfPlay
+from engine.state import COUNTERS, read_state
 from losses import OBJECTIVES, Objective
 
 
@@ -120,7 +121,9 @@ class Trainer:
         """Runs to the end, or until asked to stop; returns 0, or the StopRequest's reason."""
         with self.stop.catch_signals(), Progress(self.num_steps, self.step) as self.progress:
             try:
-                self.fill_in_rewards()  # of pairs that come without
+                fill_in_rewards(  # of pairs that come without
+                    [*self.data.train_examples, *self.data.eval_examples],
+                    self.settings.get("default_rewards"), self.score)
                 self.fill_in_reference()  # its log-probabilities: once, for every epoch and later run
                 self.train_iteration()
                 while not self.is_finished:  # only self-play goes on: a new opponent, new pairs
@@ -256,6 +259,7 @@ class Trainer:
         # Last: where this line stands, a resume finds all written.
         self.log("eval", metrics | self.epoch_metrics())
         self.evaluated_steps.add(self.step)
+        self.checkpoints.judge(self.step, metrics)
 
     def sample(self) -> dict[str, float]:
         """Policy and reference answer the same prompts: metrics over all, num_samples of them are shown."""
@@ -306,16 +310,6 @@ class Trainer:
         """What this iteration of self-play is trained on."""
         score = self.score if self.reward_model else None
         return self.self_play.examples(self.train_objective.self_play, self.opponent, self.iteration, score)
-
-    def fill_in_rewards(self):
-        """Gives rows that came without rewards the default ones, or those of the reward model."""
-        lacking = [example for example in [*self.data.train_examples, *self.data.eval_examples]
-                   if None in example.columns.values()]
-        default = self.settings.get("default_rewards")
-        scored = [default] * len(lacking) if default else self.score(lacking) if lacking else ()
-        for example, scores in zip(lacking, scored):
-            example.columns |= {LIST_REWARDS: scores} if self.objective.needs_lists else dict(
-                zip(REWARDS, scores))
 
     def score(self, examples) -> list[list[float]]:
         """The reward model's score of each response."""
@@ -420,6 +414,11 @@ class Trainer:
     def save_is_due(self):
         if self.step == self.saved_step or (self.step == 0 and not self.objective.in_stages):
             return False  # there the first opponent is saved
+        return self.save_is_asked or self.step == self.checkpoints.best.step
+
+    @property
+    def save_is_asked(self):
+        """Whether by save_every, or as the last step, whatever an evaluation said."""
         every = as_steps(self.config.save_every, len(self.data.train_examples), self.config.batch_size)
         return self.ends_stage or (every > 0 and self.step % every == 0)
 
@@ -449,6 +448,7 @@ class Trainer:
         state = {name: getattr(self, name) for name in COUNTERS} | self.fingerprints
         state |= {"began": self.data.began, "state": self.state, "opponent": self.opponent,
                   "measured": self.measured}
+        state["only_best"] = self.step == self.checkpoints.best.step and not self.save_is_asked
         spared = self.first_step if self.objective.in_stages else None
         moved = self.reference if self.first_reference is not self.reference else None
         self.checkpoints.save(self.policy, self.optimizer, state, spared, moved)
@@ -472,3 +472,4 @@ class Trainer:
         """Cuts the records back to the step that is saved, or to none; clears an interrupted save."""
         self.folder.clear_partial()
         self.evaluated_steps = self.folder.cut(self.records, self.saved_step)
+        self.checkpoints.recall_best()

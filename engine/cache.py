@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine import InputError
-from engine.batches import CACHED, REWARDS, Batcher, Example
+from engine.batches import CACHED, LIST_REWARDS, REWARDS, Batcher, Example
 from engine.config import CACHE
 from engine.distributed import device, from_first, num_ranks, raise_on_all_ranks, rank
 from engine.folder import RunFolder, disk_fault, sync
@@ -102,6 +102,15 @@ def read_checked(path, shape):
         pass
     tqdm.write(f"{path} is damaged and computed again")
     return None
+
+
+def fill_in_rewards(examples, default, score):
+    """Gives examples that came without rewards the default ones, or those that score(examples) gives."""
+    lacking = [example for example in examples if None in example.columns.values()]
+    rewards = [default] * len(lacking) if default else score(lacking) if lacking else ()
+    for example, own in zip(lacking, rewards):
+        is_list = LIST_REWARDS in example.columns
+        example.columns |= {LIST_REWARDS: own} if is_list else dict(zip(REWARDS, own))
 
 
 @torch.no_grad()

@@ -3,12 +3,10 @@
 import base64
 import concurrent.futures
 import contextlib
-import errno
 import fcntl
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -25,15 +23,15 @@ from engine.config import (PATHS, as_flat, as_namespace, check_changes, check_co
                            read_schema, read_yaml)
 from engine.distributed import (TIMEOUT, check_devices, copy_full, from_all, from_first, full_state_dict,
                                 full_tensor, num_ranks, raise_on_all_ranks, rank, wait_for_all)
-from engine.folder import (RunFolder, complete_folder, digests, files_in, find_fault, point, read_provenance,
-                           writing)
+from engine.folder import Best, RunFolder, complete_folder, digests, files_in, point, read_provenance, writing
 from engine.lora import AdaptersOff, adapted_layers, base_of, is_adapter, makes_base, save_adapter
 from engine.models import (check_optimizer, load_adapted, optimizer_state, restore_optimizer, save_shards)
 from engine.objectives import check_table
+from engine.state import (FORMAT, check_model, check_whole, checkpoints_of, fault_of, parse_state, read_state,
+                          step_of, write_state)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process needs none
-FORMAT = 2
-COUNTERS = ("step", "examples", "iteration", "first_step", "first_examples")  # where a checkpoint stands
+LINKS = ("LATEST", "BEST", "merged", ".LATEST", ".BEST", ".merged")  # a run's own
 FINGERPRINTS = ("data", "tokens", "reference", "reward_model", "base")  # which a resumed run finds again
 
 
@@ -118,17 +116,6 @@ def free_name(path):
     return next(f"{path}.{n}" for n in itertools.count(1) if not os.path.lexists(f"{path}.{n}"))
 
 
-def checkpoints_of(run_dir) -> list[str]:
-    """Paths of a run's checkpoints, the newest first."""
-    names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
-    paths = [os.path.join(run_dir, name) for name in names if re.fullmatch(r"step-\d+", name)]
-    return sorted(paths, key=step_of, reverse=True)
-
-
-def step_of(path):
-    return int(os.path.basename(path)[5:])
-
-
 @contextlib.contextmanager
 def lock_folder(run_dir, resume, checkpoint):
     """Makes the run's folder and keeps other processes out of it meanwhile; what its disk does not take ends
@@ -146,7 +133,7 @@ def take_lock(run_dir, resume, checkpoint):
     with writing(run_dir):
         os.makedirs(run_dir, exist_ok=True)
         for entry in os.scandir(run_dir):
-            is_own = entry.name in ("LATEST", "merged", ".LATEST", ".merged") and entry.is_symlink()
+            is_own = entry.name in LINKS and entry.is_symlink()
             kinds = entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False), is_own
             if not any(kinds):
                 kind = "a link" if entry.is_symlink() else "no file"
@@ -192,6 +179,7 @@ class Checkpoints:
     def __init__(self, folder: RunFolder, form, tokenizer, config):
         self.folder, self.form, self.tokenizer, self.config = folder, form, tokenizer, config
         self.in_progress = self.thread = self.group = None
+        self.best = Best(config.keep_best)
         if config.async_save:
             self.thread = concurrent.futures.ThreadPoolExecutor(1)
             self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if num_ranks() > 1 else None
@@ -206,6 +194,7 @@ class Checkpoints:
         rng = [torch.get_rng_state(),  # of several ranks none looks at the others' GPUs
                *(torch.cuda.get_rng_state_all() if num_ranks() == 1 else [])]
         state = {"format": FORMAT, **state, "config": as_flat(self.config), "needs": spared,
+                 "best": self.best.step,
                  "base_dtype": str(self.form.dtype),
                  "random": [base64.b64encode(x.numpy().tobytes()).decode() for x in rng],
                  "records": self.folder.digests(state["iteration"]) if rank() == 0 else None}
@@ -261,24 +250,42 @@ class Checkpoints:
                     name: digest for part in files for name, digest in part.items()}})
         if rank() == 0:
             point(self.folder.run_dir, "LATEST", name)
-            self.discard(state["step"])
+            if state["best"] == state["step"]:
+                point(self.folder.run_dir, "BEST", name)
+            self.discard(state["step"], state["best"])
         wait_for_all(self.group)
 
-    def discard(self, newest):
-        """Deletes all but the newest checkpoints, and those whose policy is their opponent."""
-        if not self.config.keep_checkpoints:
-            return
+    def discard(self, newest, best):
+        """Deletes a former best that nothing else asked for, and with keep_checkpoints all but the newest,
+        the best and those whose policy is their opponent."""
         paths = [path for path in checkpoints_of(self.folder.run_dir) if step_of(path) <= newest]
-        kept = paths[:self.config.keep_checkpoints]
-        needed = set()
-        for path in kept:
+        states = {path: {} for path in paths}
+        for path in paths if self.config.keep_checkpoints or self.config.keep_best else ():
             with contextlib.suppress(InputError):  # a damaged one is no reason to end the run
-                needed.add(parse_state(path)["needs"])
-        for path in paths[len(kept):]:
-            if step_of(path) not in needed:
+                states[path] = parse_state(path)
+        kept = [x for x in paths if step_of(x) in (newest, best) or not states[x].get("only_best")]
+        kept = [x for x in kept if x in kept[:self.config.keep_checkpoints] or step_of(x) == best]
+        needed = {states[path].get("needs") for path in kept}
+        for path in paths:
+            if path not in kept and step_of(path) not in needed:
                 discarded = self.folder.path(f".{os.path.basename(path)}.partial")
                 os.rename(path, discarded)  # half deleted, it is no checkpoint
                 shutil.rmtree(discarded)
+
+    def judge(self, step, metrics):
+        """Takes an evaluation for keep_best; BEST is moved here only if its checkpoint stands already."""
+        path = self.folder.path(f"step-{step:06d}")
+        if self.best.metric and self.best.judge(step, metrics) and rank() == 0 and os.path.isdir(path):
+            point(self.folder.run_dir, "BEST", os.path.basename(path))
+
+    def recall_best(self):
+        """What keep_best knows, from the evaluations whose checkpoints stand."""
+        link, lines = self.folder.path("BEST"), self.folder.lines("metrics.jsonl") if rank() == 0 else None
+        if rank() == 0 and os.path.islink(link):
+            os.remove(link)
+        for line in from_first(lines) if self.best.metric else ():
+            if line["split"] == "eval" and os.path.isdir(self.folder.path(f"step-{line['step']:06d}")):
+                self.judge(line["step"], line)
 
 
 def save_model(folder, model, tokenizer, **notes):
@@ -353,109 +360,6 @@ def reference_path(config, in_stages: bool, checkpoint: str | None) -> str | Non
     if in_stages:
         return os.path.join(config.run_dir, f"step-{read_state(checkpoint)['first_step']:06d}")
     return os.path.join(config.run_dir, "reference") if path == "tiny" and checkpoint else path
-
-
-def write_state(folder, state):
-    """trainer_state/state.json, with a hash of its own text."""
-    text = json.dumps(state)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    os.makedirs(os.path.join(folder, "trainer_state"), exist_ok=True)
-    with open(os.path.join(folder, "trainer_state", "state.json"), "w") as file:
-        file.write(f'{text[:-1]}, "sha256": "{digest}"}}')
-
-
-def parse_state(checkpoint) -> dict:
-    """What state.json says. Raises InputError where it is not what was written, or is older code's."""
-    name = "trainer_state/state.json"
-    try:
-        with open(os.path.join(checkpoint, name), encoding="utf-8") as file:
-            state = json.load(file)
-        is_old = "step" in state and state.get("format") != FORMAT
-        digest = state.pop("sha256", None)
-        is_own = hashlib.sha256(json.dumps(state).encode()).hexdigest() == digest
-        fault = None if is_own else "not what was saved"
-    except (ValueError, AttributeError):
-        is_old, fault = False, "not what was saved"
-    except OSError as error:
-        is_old, fault = False, "missing" if error.errno == errno.ENOENT else error.strerror
-    if is_old:
-        raise InputError(f"checkpoint {checkpoint} is of code before 2026-11-27, which wrote another format: "
-                         "finish the run with that, or begin one with model= this folder")
-    if fault:
-        raise InputError(f"checkpoint {checkpoint} is damaged, {name} is {fault}")
-    return state
-
-
-def read_state(checkpoint: str) -> dict:
-    """The same, of a checkpoint in its run. Raises InputError also where its counters cannot be."""
-    state = parse_state(checkpoint)
-    step, counters = state.get("step"), [state.get(name) for name in COUNTERS]
-    fits = type(state.get("config")) is dict and all(type(x) is int for x in counters) and (
-        os.path.basename(os.path.realpath(checkpoint)) == f"step-{step:06d}")
-    if not (fits and step <= state["examples"] <= step * state["config"]["batch_size"]):
-        raise InputError(f"checkpoint {checkpoint} is damaged, trainer_state/state.json is another step's")
-    return state
-
-
-def check_model(key, path):
-    """Raises InputError where a model to begin from is a checkpoint that says what it holds, and holds other
-    files."""
-    if not (path and os.path.isfile(os.path.join(path, "trainer_state", "state.json"))):
-        return
-    try:
-        files = parse_state(path)["files"]
-    except InputError as error:
-        if "is of code before" in str(error):
-            return
-        raise
-    if fault := fault_within(path, files, without="trainer_state/"):
-        raise InputError(f"{key}={path} is damaged, {fault}: put it back, or delete its trainer_state to "
-                         "take it as it is")
-
-
-def fault_of(folder, read=read_state, alone=False) -> str | None:
-    """What is wrong with a checkpoint or, if it does not stand alone, with what it needs beside it; None if
-    every file is what was saved. read: parse_state, for another model that the run keeps."""
-    try:
-        state = read(folder)
-    except InputError as error:
-        return str(error)
-    if fault := fault_within(folder, state["files"]):
-        return f"checkpoint {folder} is damaged, {fault}"
-    if alone:
-        return None
-    run_dir, needed = os.path.dirname(folder), state["needs"]
-    if fault := find_fault(run_dir, state["records"], growing=True):
-        return f"what is beside checkpoint {folder} is damaged, {fault}"
-    beside = {os.path.join(run_dir, name): parse_state for name in ("base", "reference")}
-    beside = {path: read for path, read in beside.items() if os.path.isdir(path)}
-    if needed not in (None, state["step"]):
-        beside[os.path.join(run_dir, f"step-{needed:06d}")] = read_state  # its opponent
-    fault = next(filter(None, (fault_of(path, read, alone=True) for path, read in beside.items())), None)
-    return fault and f"checkpoint {folder} needs another one, and {fault}"
-
-
-def fault_within(folder, files, without=None):
-    """What is wrong with a checkpoint's files, or None; without: names that begin so are not looked at."""
-    def is_left(name):
-        return bool(without) and name.startswith(without)
-    more = [x for x in files_in(folder) if not (x in files or x == "trainer_state/state.json" or is_left(x))]
-    fault = find_fault(folder, {name: x for name, x in files.items() if not is_left(name)})
-    return fault or (f"{more[0]} was not saved with it" if more else None)
-
-
-def check_whole(checkpoint):
-    """Raises InputError, naming an older checkpoint that is whole, if this one is not."""
-    if not (fault := fault_of(checkpoint)):
-        return
-    if "is of code before" in fault:
-        raise InputError(fault)
-    steps = checkpoints_of(os.path.dirname(checkpoint))
-    older = steps[steps.index(checkpoint) + 1:] if checkpoint in steps else []
-    older = next((path for path in older if not fault_of(path)), None)
-    raise InputError(f"{fault}: " + (
-        f"resume={os.path.basename(older)} goes on from the newest that is whole" if older else
-        "put it back, or start a new run, for no older one is whole"))
 
 
 def read_began(checkpoint: str | None) -> str | None:

@@ -35,8 +35,8 @@ ELSEWHERE = {  # names of the same things in transformers, TRL and NeMo-Aligner
     "gradient_checkpointing": "activation_checkpointing", "gradient_clip_val": "max_grad_norm",
     "max_time": "max_hours", "bf16": "compute_dtype=bfloat16", "report_to": "wandb"}
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
-    "exp_name|run_dir|resume|trust_remote_code|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|save_every|log_every|"
-    "keep_checkpoints|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
+    "exp_name|run_dir|resume|trust_remote_code|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|"
+    "save_every|log_every|keep_checkpoints|keep_best|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
     r"activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|dry_run|world_size")
 
 
@@ -269,6 +269,9 @@ def check_config(config, objectives, knows_base=False):
                          "make them equal, or compute in bfloat16 on float32 weights")
     if config.wandb != "disabled" and not getattr(importlib.util.find_spec("wandb"), "origin", None):
         raise InputError(f"wandb={config.wandb} needs the wandb library: pip install wandb")
+    if config.keep_best and config.eval_every == 0:
+        raise InputError(f"keep_best={config.keep_best} needs evaluations, which eval_every=0 has not: "
+                         "set it")
     block = getattr(config, config.loss, {})
     highest = block.get("lr") or config.lr
     if config.min_lr > min(highest if isinstance(highest, list) else [highest]):

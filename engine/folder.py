@@ -170,6 +170,26 @@ def git(*arguments):
     return done.stdout.strip()
 
 
+class Best:
+    """The best evaluation by a metric, keep_best, of those after step 0."""
+
+    def __init__(self, metric: str | None):
+        self.metric, self.step, self.value = metric, None, None
+
+    def judge(self, step, metrics) -> bool:
+        """Whether an evaluation is better than those before. Raises InputError if it lacks the metric."""
+        if self.metric not in metrics:
+            raise InputError(f"keep_best={self.metric} is no metric of an evaluation, which has "
+                             f"{', '.join(metrics)}: choose one")
+        value = metrics[self.metric]
+        if step == 0 or value is None or not math.isfinite(value):
+            return False
+        is_lower_better = self.metric.endswith(("loss", "kl")) or self.metric.startswith("loss/")
+        if self.step is None or (value < self.value if is_lower_better else value > self.value):
+            self.step, self.value = step, value
+        return self.step == step
+
+
 # ---------------------------------------------------------------- what was written is what is there
 
 

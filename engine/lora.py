@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine import InputError, first_line
 from engine.distributed import copy_full
+from engine.state import kept_state
 
 LEARNS, FROZEN = "default", "reference"  # names in peft: the policy's adapter, and that of an opponent
 
@@ -220,18 +221,6 @@ def read_adapters(policy, config, in_stages, checkpoint):
     if checkpoint:
         load_adapter(policy, checkpoint)
     return reference
-
-
-def kept_state(folder) -> dict:
-    """What state.json says of a checkpoint; {} for a folder that is no run's."""
-    path = os.path.join(folder, "trainer_state", "state.json")
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"checkpoint {folder} is damaged, its state.json is not whole") from error
 
 
 def check_base(folder, fingerprint):

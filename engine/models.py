@@ -25,7 +25,8 @@ from engine.distributed import (device, device_mesh, from_first, full_tensor, nu
                                 rank)
 from engine.forward import autocast
 from engine.lora import (AdaptersOff, add_adapters, base_folder, base_of, check_base, is_adapter, is_judge,
-                         kept_state, merge_adapter, policy_source, state_of, unread)
+                         merge_adapter, policy_source, state_of, unread)
+from engine.state import kept_state
 
 # ---------------------------------------------------------------- tokenizers
 

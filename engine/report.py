@@ -236,11 +236,13 @@ def describe_failure(step, metrics, examples, microbatches, all_losses, saved_st
 
 
 def print_results(records, run_dir, saved_step, objective):
-    """First and last evaluation (or training step) side by side, the checkpoint, and how to use it."""
+    """First, best and last evaluation (or training step) in columns, the checkpoints, and how to use one."""
+    link = os.path.join(os.path.relpath(run_dir), "BEST")
+    best = int(os.readlink(link)[5:]) if os.path.islink(link) else None
     for split, title in (("eval", "evaluation"), ("train", "training")):
         lines = [line for line in records if line["split"] == split]
         if lines:
-            shown = lines if len(lines) == 1 else [lines[0], lines[-1]]
+            shown = [line for line in lines if line in (lines[0], lines[-1]) or line["step"] == best]
             print(f"\n{title:<30}" + "".join(f"{'step ' + str(line['step']):>14}" for line in shown))
             for name in [name for name in shown[-1] if name not in ("step", "examples", "split", "time")]:
                 values = (line.get(name) for line in shown)
@@ -251,4 +253,7 @@ def print_results(records, run_dir, saved_step, objective):
     if saved_step:
         latest = os.path.join(os.path.relpath(run_dir), "LATEST")
         key = "reward_model" if objective.inputs == "scores" else "model"
-        print(f"\ncheckpoint  {latest} -> step-{saved_step:06d}\nuse it by   {key}={shlex.quote(latest)}")
+        print(f"\ncheckpoint  {latest} -> step-{saved_step:06d}")
+        if best is not None:
+            print(f"best        {link} -> step-{best:06d}")
+        print(f"use it by   {key}={shlex.quote(latest)}")

@@ -14,7 +14,7 @@ from conftest import (FEW_ROWS, TEMPORARY, TINY_RUN, config_of, losses_of, make_
 
 import trainers
 from engine.batches import CACHED, Batcher, Example, collate
-from engine.cache import read_checked, score_or_read, write_checked
+from engine.cache import fill_in_rewards, read_checked, score_or_read, write_checked
 from engine.checkpoints import RunFolder
 from engine.distributed import device
 from engine.forward import response_scores
@@ -302,7 +302,7 @@ def test_rewards_in_the_data_stay(sft_run, rm_run):
     write_lines("some.jsonl", rows)
     trainer = make_trainer("loss=rpo", "data=some.jsonl", f"eval_data={FEW_ROWS}", f"model={sft_run}/LATEST",
                            f"reward_model={rm_run}/LATEST")
-    trainer.fill_in_rewards()
+    fill_in_rewards([*trainer.data.train_examples, *trainer.data.eval_examples], None, trainer.score)
     for row, example in zip(rows[:3], trainer.data.train_examples):
         assert example.columns == {name: row[name] for name in ("chosen_reward", "rejected_reward")}
     for example in trainer.data.train_examples[3:]:
@@ -318,5 +318,5 @@ def test_a_pair_lacks_rewards_whatever_lists_would_read(sft_run, rm_run):
     trainer = make_trainer("loss=rpo", "data=some.jsonl", f"eval_data={FEW_ROWS}", f"model={sft_run}/LATEST",
                            f"reward_model={rm_run}/LATEST")
     assert {None} == {x for example in trainer.data.train_examples for x in example.columns.values()}
-    trainer.fill_in_rewards()
+    fill_in_rewards([*trainer.data.train_examples, *trainer.data.eval_examples], None, trainer.score)
     assert None not in {x for example in trainer.data.train_examples for x in example.columns.values()}

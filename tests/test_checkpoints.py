@@ -37,7 +37,7 @@ import engine.checkpoints
 import engine.models
 import train
 from engine import InputError
-from engine.checkpoints import load_config, lock_folder, read_state
+from engine.checkpoints import Checkpoints, RunFolder, load_config, lock_folder, read_state
 from engine.config import read_arguments
 from engine.folder import files_in
 from engine.sampling import Sampler
@@ -660,8 +660,8 @@ def test_two_processes_cannot_write_one_run(refused):
 
 def kill_at_random(loss, num_kills, max_steps, model):
     """kill -9, each followed by resume=true: the weights and records of a run that was left alone."""
-    settings = [*RUN, f"loss={loss}", f"model={model}", "save_every=3", "eval_every=15", "num_epochs=99",
-                f"max_steps={max_steps}"]
+    settings = [*RUN, f"loss={loss}", f"model={model}", "save_every=3", "eval_every=14", "num_epochs=99",
+                "keep_best=loss", f"max_steps={max_steps}"]
     on_ranks(1, *settings, "run_dir=undisturbed")
     rng, arguments = random.Random(loss), [*settings, "run_dir=killed"]
     for number in range(num_kills):
@@ -676,6 +676,8 @@ def kill_at_random(loss, num_kills, max_steps, model):
     assert numbers("killed") == numbers("undisturbed")
     assert read_lines("killed/samples.jsonl") == read_lines("undisturbed/samples.jsonl")
     assert [name for name in os.listdir("killed") if name.endswith(".partial")] == []
+    assert steps_of("killed") == steps_of("undisturbed")
+    assert os.readlink("killed/BEST") == os.readlink("undisturbed/BEST")
 
 
 @pytest.mark.xdist_group("ranks")
@@ -777,6 +779,75 @@ def test_max_hours(run, capsys):
     assert "Stopped by max_hours after step 0 of 3; all is saved." in capsys.readouterr().out
     run("resume=true", f"run_dir={folder}", "max_hours=null")
     assert latest(folder) == 3
+
+
+# ---------------------------------------------------------------- the best one
+
+
+def with_values(monkeypatch, values, metric="loss"):
+    """Evaluations that give these values, by step."""
+    evaluate = Checkpoints.judge
+
+    def judge(self, step, metrics):
+        metrics[metric] = values[step]
+        evaluate(self, step, metrics)
+    monkeypatch.setattr(Checkpoints, "judge", judge)
+    log = RunFolder.log
+    monkeypatch.setattr(RunFolder, "log", lambda self, place, metrics: log(
+        self, place, metrics | ({metric: values[place["step"]]} if place["split"] == "eval" else {})))
+
+
+def steps_of(folder):
+    return sorted(int(name[5:]) for name in os.listdir(folder) if re.fullmatch(r"step-\d+", name))
+
+
+BEST = [*RUN[:-1], "eval_every=2", "max_steps=10", "num_epochs=9", "run_dir=r"]
+
+
+@pytest.mark.parametrize("metric, values, settings, best, steps", [
+    # of a loss that falls and rises again; step 0 does not count, nor does what is not finite
+    ("loss", {0: 0.1, 2: 3.0, 4: 2.0, 6: math.nan, 8: 2.5, 10: 2.0}, [], 4, [4, 10]),
+    # a former best that save_every asked for stays, as does the best beyond the newest
+    ("loss", {0: 9, 2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 10: 2.0}, ["save_every=2"], 4, [2, 4, 6, 8, 10]),
+    ("loss", {0: 9, 2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5, 10: 2.0}, ["save_every=2", "keep_checkpoints=1"], 4,
+     [4, 10]),
+    # higher is better for what is neither a loss nor a KL
+    ("samples/reward", {0: 9, 2: 1.0, 4: 0.5, 6: 2.0, 8: 0.0, 10: 1.0}, ["keep_checkpoints=1"], 6, [6, 10]),
+    ("samples/kl", {0: 0, 2: 1.0, 4: 0.5, 6: 2.0, 8: 0.7, 10: None}, ["async_save=true"], 4, [4, 10]),
+    ("loss", {0: 9, 2: 3.0, 4: 2.0, 6: 1.5, 8: 1.2, 10: 1.0}, ["keep_checkpoints=3"], 10, [10])])
+def test_keep_best(metric, values, settings, best, steps, run, monkeypatch, capsys):
+    with_values(monkeypatch, values, metric)
+    run(*BEST, f"keep_best={metric}", *settings)
+    assert os.readlink("r/BEST") == f"step-{best:06d}" and steps_of("r") == steps and latest("r") == 10
+    assert f"best        r/BEST -> step-{best:06d}\n" in capsys.readouterr().out
+
+
+def test_keep_best_is_remembered(run, monkeypatch, capsys):
+    """Stopped and gone on with, a former best gives way only to a better one; from an older checkpoint what
+    came later is forgotten; where it is no longer asked for there is none."""
+    values = {0: 9, 2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 2.0}
+    with_values(monkeypatch, values)
+    run(*BEST, "keep_best=loss", "max_steps=6")
+    assert os.readlink("r/BEST") == "step-000004" and steps_of("r") == [4, 6]
+    run("resume=true", "run_dir=r", "max_steps=8")
+    assert os.readlink("r/BEST") == "step-000004" and steps_of("r") == [4, 6, 8]
+    values[10] = 0.5
+    run("resume=true", "run_dir=r", "max_steps=10")
+    assert os.readlink("r/BEST") == "step-000010" and steps_of("r") == [6, 8, 10]
+    values[10] = 2.0
+    run("resume=step-000008", "run_dir=r")
+    assert os.readlink("r/BEST") == "step-000008" and latest("r") == 10
+    assert re.search(r"evaluation +step 0 +step 8 +step 10\n", capsys.readouterr().out)
+    run("resume=true", "run_dir=r", "max_steps=12", "keep_best=null", "eval_every=0")
+    assert not os.path.lexists("r/BEST")
+
+
+def test_a_metric_that_no_evaluation_gives(refused, run):
+    said = refused(*BEST, "keep_best=accuracy")
+    assert said.startswith("keep_best=accuracy is no metric of an evaluation, which has loss, logps/chosen,")
+    assert not os.path.exists("r/LATEST")
+    assert "needs evaluations, which eval_every=0 has not" in refused(
+        *BEST, "keep_best=loss", "eval_every=0", "run_dir=s")
 
 
 # ---------------------------------------------------------------- written whole, at once or in the background

@@ -15,6 +15,7 @@ import losses
 from data import Dropped, Encoder, read_row
 from engine import InputError
 from engine.batches import collate
+from engine.cache import fill_in_rewards
 from engine.report import Report
 from engine.toy import toy
 from losses import Objective
@@ -116,7 +117,7 @@ def test_a_reward_model_fills_in_the_rewards_of_lists(dpo_is, run, sft_run):
     own, end = {1: [1, 2, 3.5], 2: [4, 5]}, tokenizer.eos_token_id
     total = 0.0
     trainer = make_trainer(*settings, "exp_name=again")
-    trainer.fill_in_rewards()
+    fill_in_rewards([*trainer.data.train_examples, *trainer.data.eval_examples], None, trainer.score)
     for i, example in enumerate(trainer.data.train_examples):
         expected = own.get(i)
         if expected is None:
