@@ -16,6 +16,7 @@ from engine.checkpoints import Checkpoints, keep_models, restore_state
 from engine.distributed import (WAITS, Stopped, StopRequest, device, full_tensor, meta_copy, num_ranks,
                                 shard, shard_frozen, sync_gradients)
 from engine.dry_run import tokens_that_fit
+from engine.first_batch import check_first_batch
 from engine.folder import RunFolder
 from engine.forward import choose_layouts, response_logps, response_scores
 from engine.gpu import gpu_metrics, known_before, step_flops
@@ -139,6 +140,9 @@ class Trainer:
 
     def train_iteration(self):
         """The loop, to the last step over train_examples: evaluate, save, step, log."""
+        check_first_batch(self.make_global_batch(self.num_used)[0], self.data.eval_sources, self.batcher,
+                          self.policy, self.reference, self.objective, self.config, self.bf16,
+                          is_start=self.step == (self.first_step if self.objective.in_stages else 0))
         while True:
             self.stop.check()  # a signal or max_hours: all ranks leave at the same step
             self.checkpoints.check()  # one that is written meanwhile may have failed
@@ -249,8 +253,7 @@ class Trainer:
             for batch in self.joined(self.batcher.eval_share(examples, "evaluating"), examples, objective):
                 add_to_sums(own, batch, *self.compute_losses(batch, objective))
             if len(self.data.eval_sources) > 1:
-                means = mean_metrics(own, objective, examples)
-                by_source |= {f"{name}/{source}": value for name, value in means.items()}
+                by_source |= {f"{k}/{source}": x for k, x in mean_metrics(own, objective, examples).items()}
             sums = {name: sums.get(name, 0) + total for name, total in own.items()}
         metrics = mean_metrics(sums, objective, self.data.eval_examples) | by_source
         if self.data.sample_examples:
@@ -324,12 +327,11 @@ class Trainer:
         Evaluation's come from its own microbatches, so that rewards at step 0 are exactly 0; training's from
         some that no setting of memory changes. Then the reference waits in the host for samples, or goes.
         """
-        config, rows = self.config, self.data.train_examples
+        # A run that does not see every row computes those that it sees in its steps.
+        config, rows = self.config, self.data.train_examples if self.uses_every_row else []
         if not (config.reference_cache and can_cache(self.objective)):
             return
         cache = ReferenceCache(self.reference, self.fingerprints["reference"], config, self.bf16)
-        if not self.uses_every_row:
-            rows = []  # a run that does not see every row computes those that it sees in its steps
         fixed = dataclasses.replace(
             self.batcher, max_tokens=default_max_tokens(config.compute_dtype), eval_batch_size=256)
         for start in range(0, len(rows), 10_000):
@@ -365,8 +367,7 @@ class Trainer:
     def last_step(self):
         """The number of the optimizer step with which this iteration ends, or max_steps."""
         left = self.num_to_use(len(self.train_examples)) - self.num_used
-        last = self.step + max(0, math.ceil(left / self.config.batch_size))
-        return min(last, self.max_steps)
+        return min(self.step + max(0, math.ceil(left / self.config.batch_size)), self.max_steps)
 
     @property
     def num_steps(self):

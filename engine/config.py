@@ -37,7 +37,7 @@ ELSEWHERE = {  # names of the same things in transformers, TRL and NeMo-Aligner
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|trust_remote_code|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|"
     "save_every|log_every|keep_checkpoints|keep_best|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
-    r"activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|dry_run|world_size")
+    r"check_first_batch|activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|dry_run|world_size")
 
 
 class Loader(yaml.SafeLoader):

@@ -384,10 +384,10 @@ def pairs_to_try(model, examples, drawn):
 
 
 @contextlib.contextmanager
-def layer_states(model, batch, disturbance):
+def layer_states(model, batch, disturbance, seed=0):
     """While it lasts each layer notes 16 numbers of the states that predict response tokens: gives a list of
     (N, 16). disturbance: of its output, which is added to that at random."""
-    generator, states = torch.Generator(batch.input_ids.device).manual_seed(0), []
+    generator, states = torch.Generator(batch.input_ids.device).manual_seed(seed), []
 
     def note(module, arguments, output):
         x = output if torch.is_tensor(output) else output[0]

@@ -4,6 +4,7 @@ A fork is there at once, and what befalls it, the troubles at the end included, 
 `begin` and `answers`, or `on_ranks`, which is both. torchrun runs on_ranks.py TROUBLE RANK key=value ...
 """
 
+import dataclasses
 import faulthandler
 import functools
 import importlib
@@ -293,6 +294,16 @@ def no_number():
         losses, metrics = compute_losses(self, batch, objective)
         return losses * (float("nan") if self.step == 2 else 1), metrics
     Trainer.compute_losses = spoilt
+
+
+def reads_wrong():
+    """Each token is predicted where the next one is."""
+    collate = engine.batches.collate
+
+    def spoilt(*arguments):
+        batch = collate(*arguments)
+        return dataclasses.replace(batch, targets=batch.targets.roll(1))
+    engine.batches.collate = spoilt
 
 
 def die_in_save():
