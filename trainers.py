@@ -22,7 +22,7 @@ from engine.forward import choose_layouts, response_logps, response_scores
 from engine.gpu import gpu_metrics, known_before, step_flops
 from engine.lora import read_adapters
 from engine.models import (as_steps, check_fingerprints, fingerprint, fingerprints, learning_rate,
-                           make_optimizer)
+                           make_optimizer, update)
 from engine.objectives import (SELF_PLAY, add_to_sums, call_loss, can_cache, join, mean_metrics, parameters,
                                read_values, step_state, token_losses)
 from engine.report import Progress, describe_failure, print_evaluation, print_samples
@@ -201,7 +201,7 @@ class Trainer:
         metrics["lr"] = learning_rate(step, num_steps, self.lr, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = metrics["lr"]
-        self.optimizer.step()
+        update(self.optimizer, self.policy, is_first=self.step == 0)
         self.optimizer.zero_grad(set_to_none=True)  # evaluation and saving want their memory
         self.step += 1
         self.examples += len(examples)

@@ -36,8 +36,9 @@ ELSEWHERE = {  # names of the same things in transformers, TRL and NeMo-Aligner
     "max_time": "max_hours", "bf16": "compute_dtype=bfloat16", "report_to": "wandb"}
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
     "exp_name|run_dir|resume|trust_remote_code|max_hours|eval_.*|num_eval_examples|num_samples|sample_.*|"
-    "save_every|log_every|keep_checkpoints|keep_best|wandb.*|gradient_accumulation_steps|max_tokens_per_microbatch|attention|"
-    r"check_first_batch|activation_checkpointing|compile|layout|reference_cache|fsdp\..*|async_save|dry_run|world_size")
+    "save_every|log_every|keep_checkpoints|keep_best|wandb.*|gradient_accumulation_steps|"
+    "max_tokens_per_microbatch|attention|check_first_batch|activation_checkpointing|compile|layout|"
+    r"reference_cache|fsdp\..*|async_save|dry_run|world_size")
 
 
 class Loader(yaml.SafeLoader):
@@ -392,5 +393,7 @@ def check_changes(before, after, given, self_play):
         block, _, name = key.rpartition(".")
         old, new = (vars(config)[block][name] if block else vars(config)[key] for config in (before, after))
         if old != new and not may_change(key, before.lr_schedule, self_play):
+            first = before.reference or before.model
             raise InputError(f"{key} was {old} when this run began and cannot become {new}: leave it out, or "
-                             "start a new run with another exp_name")
+                             f"start a new run, by another exp_name, model={after.run_dir}/LATEST and, to "
+                             f"stay near the same model, reference={first}")

@@ -15,14 +15,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedModel,
                           PreTrainedTokenizerBase)
+from tqdm import tqdm
 
 from engine import InputError, first_line
 from engine.distributed import (device, device_mesh, from_first, full_tensor, num_ranks, raise_on_all_ranks,
-                                rank)
+                                rank, sum_over_ranks)
 from engine.forward import autocast
 from engine.lora import (AdaptersOff, add_adapters, base_folder, base_of, check_base, is_adapter, is_judge,
                          merge_adapter, policy_source, state_of, unread)
@@ -378,6 +379,26 @@ def learning_rate(step, num_steps, lr, config) -> float:
     left = (num_steps - step) / (num_steps - warmup)
     share = left if config.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
     return config.min_lr + (rate - config.min_lr) * share
+
+
+def update(optimizer, model, is_first):
+    """A step of the optimizer; of the first one with bfloat16 weights, says how much of it was rounded away,
+    by a million weights that have a gradient."""
+    learning = [x for x in model.parameters() if x.grad is not None and x.dtype == torch.bfloat16]
+    if not (is_first and learning):
+        optimizer.step()
+        return
+    every = max(1, sum(x.numel() for x in learning) // 1_000_000)
+
+    def some(tensor):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.detach().flatten()[::every].clone()
+    before = [(some(x), some(x.grad) != 0) for x in learning]
+    optimizer.step()
+    stayed = sum(((some(x) == old) & has).sum().item() for x, (old, has) in zip(learning, before))
+    stayed, total = sum_over_ranks([stayed, sum(has.sum().item() for _, has in before)])
+    tqdm.write(f"rounding   {stayed / max(1, total):.1%} of the weights, in bfloat16, did not move in the "
+               "first step; with dtype=float32 compute_dtype=bfloat16 they do")
 
 
 def as_steps(interval, num_rows, batch_size) -> int:

@@ -105,12 +105,16 @@ def print_summary(config, objective, run_data, policy, num_steps, resumed_at=Non
                            "in the data"))
     lines += [("lengths", describe_lengths(run_data.train_examples)),
               ("first", mark_answers(run_data.train_examples[0], run_data.tokenizer)),
-              *(("note", note) for note in notes_of(config, run_data))]
+              *(("note", note) for note in notes_of(config, run_data, num_steps))]
     print_lines(lines)
 
 
-def notes_of(config, run_data):
-    """What is to be said of a slow setting, and where prompts are probably not what the model knows."""
+def notes_of(config, run_data, num_steps):
+    """What is to be said of a slow setting, a long warmup, and prompts that are probably not what the model
+    knows."""
+    if config.warmup_steps > num_steps > 0:
+        yield (f"the run ends within its warmup of {config.warmup_steps} steps, and never reaches lr="
+               f"{config.lr}; warmup_steps=0.1 warms up over a tenth of it")
     if device().type == "cuda" and config.compute_dtype == "float32":
         yield "compute_dtype=bfloat16 is much faster on a GPU; weights stay float32"
     tokenizer, begin = run_data.tokenizer, run_data.tokenizer.bos_token_id

@@ -602,6 +602,7 @@ def test_what_a_resumed_run_may_not_change(run, sft_run, refused):
                        ("batch_size=8", "batch_size was 4"), ("max_steps=9", "max_steps was 1")):
         message = refused("resume=true", f"run_dir={folder}", given)
         assert old in message and "cannot become" in message
+        assert f"model={folder}/LATEST and, to stay near the same model, reference={sft_run}/" in message
     run("resume=true", f"run_dir={folder}", "lr=0.002", "save_every=7", "eval_batch_size=8", "log_every=3")
 
 

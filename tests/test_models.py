@@ -20,7 +20,7 @@ import engine.models
 from engine.batches import Example, collate
 from engine.forward import response_scores
 from engine.models import (as_steps, fingerprint, learning_rate, load_end_ids, load_tokenizer, make_optimizer,
-                           optimizer_names, train_tokenizer)
+                           optimizer_names, train_tokenizer, update)
 from engine.toy import toy
 
 QUICK = [*TINY_RUN, f"eval_data={FEW_ROWS}"]
@@ -262,6 +262,23 @@ def test_schedules_by_hand(schedule, expected):
     config.min_lr = 0.2  # the warmup is as it was, and what follows it ends there
     assert [learning_rate(t, 6, 1.0, config) for t in range(6)] == pytest.approx(
         [*expected[:3], *(x if schedule == "constant" else 0.2 + 0.8 * x for x in expected[3:])])
+
+
+def test_what_bfloat16_rounds_away_is_said(capsys):
+    """Of weights 1 and 2 with a gradient, of which a step of 0.003 moves the first alone; 3 has none."""
+    model = torch.nn.Linear(3, 1, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0, 3.0]]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.003)
+    for is_first in (True, False):
+        model.weight.grad = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.bfloat16)
+        update(optimizer, model, is_first)
+        assert ("50.0% of the weights, in bfloat16, did not move" in capsys.readouterr().out) is is_first
+    assert model.weight[0, 0] < 1 and model.weight[0].tolist()[1:] == [2.0, 3.0]
+    model = model.float()
+    model.weight.grad = torch.ones(1, 3)
+    update(torch.optim.SGD(model.parameters(), lr=0.003), model, True)
+    assert model.weight[0, 1] < 2 and capsys.readouterr().out == ""
 
 
 def test_warmup_longer_than_the_run():

@@ -79,9 +79,9 @@ def put_in_place(arguments):
         write_lines(f"{name}.jsonl", rows)
     write_lines("mine.yaml", [{"model": "runs/sft/LATEST", "data": "mine.jsonl"}])
     arguments = list(arguments)
-    if given.get("model", "").startswith(("EleutherAI", "Qwen", "meta-llama")):
+    if given.get("model", "").startswith(("EleutherAI", "Qwen", "meta-llama", "allenai")):
         arguments.append("model=runs/sft/LATEST")
-    if given.get("data", "toy") in ("hh", "ultrafeedback", "toy"):
+    if given.get("data", "toy") in ("hh", "ultrafeedback", "toy") or given["data"].startswith("allenai"):
         arguments += [f"data={FEW_ROWS}", "eval_data=toy"]
     if given.get("max_steps") != "0":
         arguments.append("max_steps=2")

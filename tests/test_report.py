@@ -91,8 +91,15 @@ def test_float32_on_a_gpu_is_noted(monkeypatch):
                                  ("cpu", "float32", False)):
         trainer.config.compute_dtype = dtype
         monkeypatch.setattr(engine.report, "device", lambda device=device: torch.device(device))
-        notes = [*notes_of(trainer.config, trainer.data)]
+        notes = [*notes_of(trainer.config, trainer.data, 99)]
         assert any("compute_dtype=bfloat16 is much faster" in note for note in notes) is noted
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_noted():
+    trainer = make_trainer("warmup_steps=7")
+    for num_steps, noted in ((6, True), (7, False)):
+        notes = [*notes_of(trainer.config, trainer.data, num_steps)]
+        assert any("ends within its warmup of 7 steps" in note for note in notes) is noted
 
 
 def test_samples_are_cut_to_what_a_terminal_shows(capsys):
