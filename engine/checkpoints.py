@@ -275,7 +275,8 @@ class Checkpoints:
     def judge(self, step, metrics):
         """Takes an evaluation for keep_best; BEST is moved here only if its checkpoint stands already."""
         path = self.folder.path(f"step-{step:06d}")
-        if self.best.metric and self.best.judge(step, metrics) and rank() == 0 and os.path.isdir(path):
+        is_best = self.best.metric and self.best.judge(step, from_first(metrics))  # all ranks must agree
+        if is_best and rank() == 0 and os.path.isdir(path):
             point(self.folder.run_dir, "BEST", os.path.basename(path))
 
     def recall_best(self):

@@ -110,7 +110,7 @@ def test_samples_are_cut_to_what_a_terminal_shows(capsys):
         f"reward{'':<16}1.5\n\nsample 2 of 2 at step 7\nprompt{'':<16}one two\npolicy{'':<16}\ufffd[2Jx\n\n")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_a_screen_that_cannot_print_a_sample_ends_no_run(encoding):
     write_lines("é.jsonl", [{"prompt": "é\U0001f600", "response": "字"}] * 4)
     done = subprocess.run(

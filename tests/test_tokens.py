@@ -579,7 +579,7 @@ def obvious_losses_of_dpo(model, tokenizer, rows, beta, lr):
     return losses
 
 
-@pytest.mark.parametrize("kind", ["real", "random"])
+@pytest.mark.parametrize("kind", [pytest.param("real", marks=pytest.mark.slow), "random"])
 def test_losses_of_dpo_are_those_of_whole_texts(kind, tmp_path):
     """Over 6 pairs, on stories260K or on a random Llama with its tokenizer, as Llama 2's."""
     folder = shared("models", "stories260K") if kind == "real" else str(tmp_path / "random")
