@@ -10,6 +10,7 @@ from collections import Counter
 import torch
 from transformers import PreTrainedModel
 
+from engine import InputError
 from engine.batches import Batch, Batcher, Example, default_max_tokens, stream
 from engine.cache import ReferenceCache, fill_in_rewards, score_or_read
 from engine.checkpoints import Checkpoints, keep_models, restore_state
@@ -58,6 +59,9 @@ class Trainer:
         self.throughput = Counter()  # since the last logged step
 
         is_own = reference is policy and config.lora["rank"] > 0  # the policy without its adapters
+
+        if config.keep_best and not run_data.eval_examples:
+            raise InputError(f"keep_best={config.keep_best} needs held-out rows: name some by eval_data=")
 
         # Parts with a state of their own, each in its room of the engine.
         self.stop = StopRequest(config.max_hours)

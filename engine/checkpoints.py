@@ -57,10 +57,10 @@ def load_config(given: dict, objectives: dict, datasets: dict):
         before, run_dir = as_namespace(own, datasets), config.run_dir
         config = as_namespace(own | given, datasets)
         config.run_dir = run_dir  # the folder may have been moved
-        self_play = bool(objectives[before.loss].self_play)
+        objective = objectives[before.loss]
         kept = as_namespace(read_state(checkpoint)["config"], datasets)  # a path may lead elsewhere by now
-        check_kept(own, as_flat(before), as_flat(kept), before.lr_schedule, self_play)
-        check_changes(before, config, given, self_play)
+        check_kept(own, as_flat(before), as_flat(kept), before, objective)
+        check_changes(before, config, given, objective)
     for key in PATHS if os.environ.get("RANK", "0") == "0" else ():
         check_model(key, getattr(config, key))
     check_table(objectives, read_schema()[0])
@@ -284,8 +284,11 @@ class Checkpoints:
         link, lines = self.folder.path("BEST"), self.folder.lines("metrics.jsonl") if rank() == 0 else None
         if rank() == 0 and os.path.islink(link):
             os.remove(link)
+        elif rank() == 0 and os.path.exists(link):  # as in a copy without links
+            os.rename(link, free_name(link))
         for line in from_first(lines) if self.best.metric else ():
-            if line["split"] == "eval" and os.path.isdir(self.folder.path(f"step-{line['step']:06d}")):
+            is_kept = os.path.isdir(self.folder.path(f"step-{line['step']:06d}"))
+            if line["split"] == "eval" and self.best.metric in line and is_kept:
                 self.judge(line["step"], line)
 
 

@@ -27,11 +27,16 @@ ELSEWHERE = {  # names of the same things in transformers, TRL and NeMo-Aligner
     "loss_type": "loss", "model_name_or_path": "model", "model_name": "model", "ref_model": "reference",
     "train_batch_size": "batch_size, of all devices together", "global_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size, of all devices together",
-    "per_device_eval_batch_size": "eval_batch_size", "micro_batch_size": "max_tokens_per_microbatch",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "micro_batch_size": "max_tokens_per_microbatch, in tokens",
     "warmup_ratio": "warmup_steps, below 1 a fraction", "lr_scheduler_type": "lr_schedule",
     "max_seq_length": "max_length", "output_dir": "run_dir", "dataset": "data", "dataset_name": "data",
     "eval_steps": "eval_every", "save_steps": "save_every", "logging_steps": "log_every",
     "save_total_limit": "keep_checkpoints", "load_best_model_at_end": "keep_best",
+    "metric_for_best_model": "keep_best", "eval_strategy": "eval_every",
+    "max_completion_length": "max_length",
+    "rpo_alpha": "dpo.sft_weight", "precompute_ref_log_probs": "reference_cache", "use_peft": "lora.rank",
+    "lora_r": "lora.rank", "lora_alpha": "lora.alpha", "lora_target_modules": "lora.targets",
     "gradient_checkpointing": "activation_checkpointing", "gradient_clip_val": "max_grad_norm",
     "max_time": "max_hours", "bf16": "compute_dtype=bfloat16", "report_to": "wandb"}
 MAY_CHANGE = re.compile(  # in a resumed run; num_epochs and max_steps too while the learning rate is constant
@@ -273,6 +278,9 @@ def check_config(config, objectives, knows_base=False):
     if config.keep_best and config.eval_every == 0:
         raise InputError(f"keep_best={config.keep_best} needs evaluations, which eval_every=0 has not: "
                          "set it")
+    if config.min_lr and config.lr_schedule == "constant":
+        raise InputError(f"min_lr={config.min_lr} is not read with lr_schedule=constant: leave it out, or "
+                         "choose linear or cosine")
     block = getattr(config, config.loss, {})
     highest = block.get("lr") or config.lr
     if config.min_lr > min(highest if isinstance(highest, list) else [highest]):
@@ -369,31 +377,35 @@ def existing(path):
     return path
 
 
-def may_change(key, lr_schedule, self_play):
-    """Whether a resumed run may have another value of a key."""
-    free = ("num_epochs", "max_steps") if lr_schedule == "constant" else ()
-    return bool(MAY_CHANGE.fullmatch(key)) or key in (free[1:] if self_play else free)  # iterations are over
+def may_change(key, before, objective):
+    """Whether a resumed run may have another value of a key. before: its config."""
+    is_open = before.lr_schedule == "constant" and not isinstance(before.warmup_steps, float)
+    free = ("num_epochs", "max_steps") if is_open else ()
+    free = free[1:] if objective.self_play else free  # iterations are over
+    return bool(MAY_CHANGE.fullmatch(key)) or key in free
 
 
-def check_kept(named, own, kept, lr_schedule, self_play):
+def check_kept(named, own, kept, before, objective):
     """Raises InputError where a run's config.yaml is not what the run was saved with.
 
     named: the keys that it names. own, kept: {dotted key: value}, the file's and those that were saved.
     """
     for key, value in kept.items():
-        if not may_change(key, lr_schedule, self_play) and (key not in named or own[key] != value):
+        if not may_change(key, before, objective) and (key not in named or own[key] != value):
             found = f"is {own[key]!r} in it" if key in named else "is missing in it"
             raise InputError(f"config.yaml is not what the run began with, {key} {found} and was {value!r}: "
                              "put it back")
 
 
-def check_changes(before, after, given, self_play):
+def check_changes(before, after, given, objective):
     """Raises InputError if the settings given to a resumed run change what must stay."""
     for key in given:
         block, _, name = key.rpartition(".")
         old, new = (vars(config)[block][name] if block else vars(config)[key] for config in (before, after))
-        if old != new and not may_change(key, before.lr_schedule, self_play):
+        if old != new and not may_change(key, before, objective):
             first = before.reference or before.model
+            first = os.path.join(after.run_dir, "reference") if first == "tiny" else first
+            stays = objective.needs_reference and not objective.in_stages
             raise InputError(f"{key} was {old} when this run began and cannot become {new}: leave it out, or "
-                             f"start a new run, by another exp_name, model={after.run_dir}/LATEST and, to "
-                             f"stay near the same model, reference={first}")
+                             f"start a new run, by another exp_name and model={after.run_dir}/LATEST"
+                             + f", and reference={first} to stay near that" * stays)

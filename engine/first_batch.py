@@ -5,6 +5,7 @@ Policy and reference are read by the same code: what is wrong in both leaves the
 
 import contextlib
 import functools
+import math
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from engine.forward import (MARGIN, as_float, autocast, in_any_order, in_float32
 from engine.lora import as_asked
 
 NUM_EXAMPLES, NUM_TRIES = 8, 8
+MAX_LOGITS = 2**27  # of a row that is read plainly: the head makes them all at once
 NOISE = {False: 2**-20, True: 2**-8}  # 16 times what float32 rounds by, twice what bfloat16 does
 READ = ("as the run reads it and {:.6g} by the model's own forward of that row alone, where rounding allows "
         "{:.1g}: try layout=separate or attention=eager; if it stays, the model's code or a change to "
@@ -37,7 +39,8 @@ def check_first_batch(examples, eval_sources, batcher, policy, reference, object
     """
     if not config.check_first_batch:
         return
-    some, scores = spread(examples), objective.inputs == "scores"
+    scores, vocabulary = objective.inputs == "scores", policy.config.get_text_config().vocab_size
+    some = spread(examples, MAX_LOGITS if scores else MAX_LOGITS // vocabulary)
     narrow = "bfloat16" in (config.dtype, config.compute_dtype, config.lora["base_dtype"])
     how = batcher, scores, bf16, NOISE[narrow]
     needs_narrow = "flash" in (config.attention or "") or (
@@ -59,9 +62,10 @@ def check_first_batch(examples, eval_sources, batcher, policy, reference, object
         reshard(model)
 
 
-def spread(examples):
-    """Eight of these, from the shortest row to the longest, or all."""
+def spread(examples, max_length=math.inf):
+    """Eight of these, or all, from the shortest row to the longest of at most so many tokens; or one."""
     ordered = sorted(examples, key=lambda example: example.row_length)
+    ordered = [example for example in ordered if example.row_length <= max_length] or ordered[:1]
     places = np.linspace(0, len(ordered) - 1, min(NUM_EXAMPLES, len(ordered)))
     return [ordered[place] for place in places.round().astype(int)]
 
@@ -81,8 +85,9 @@ def check_reading(model, examples, batcher, scores, bf16, noise):
     largest = max(size.item() for _, size in plain.values())
     disturbed = functools.cache(lambda seed: read(model, batches, scores, bf16, noise, seed))
     compare(tokens, found[0], torch.cat(expected), largest, READ, lambda seed: disturbed(seed)[0])
-    sums = torch.stack([values.sum() for values in expected])
-    compare(names, found[1], sums, largest, READ, lambda seed: disturbed(seed)[1])
+    sums = torch.stack([values.double().sum() for values in expected])
+    sizes = sums.abs().max().item() * max(map(len, expected)) ** 0.5  # which float32 adds one by one
+    compare(names, found[1], sums, max(largest, sizes), READ, lambda seed: disturbed(seed)[1])
 
 
 def check_reference(policy, reference, examples, batcher, scores, bf16, noise):
@@ -91,7 +96,9 @@ def check_reference(policy, reference, examples, batcher, scores, bf16, noise):
     found = torch.cat([batch.columns[CACHED].T.flatten() if CACHED in batch.columns
                        else read(reference, [batch], scores, bf16)[1] for batch in batches])
     names = [f"response {k + 1} of {x.where}" for x, k in responses_of(batches)]
-    compare(names, found, read(policy, batches, scores, bf16)[1], 0, START,
+    expected = read(policy, batches, scores, bf16)[1]
+    size = expected.abs().max().item() * max(max(x.lengths) for x in examples) ** 0.5
+    compare(names, found, expected, size, START,
             lambda seed: read(policy, batches, scores, bf16, noise, seed)[1])
 
 

@@ -184,7 +184,7 @@ class Best:
         value = metrics[self.metric]
         if step == 0 or value is None or not math.isfinite(value):
             return False
-        is_lower_better = self.metric.endswith(("loss", "kl")) or self.metric.startswith("loss/")
+        is_lower_better = re.search(r"(^|[/_])(loss|kl)(/|$)", self.metric)  # also of one source, loss/<name>
         if self.step is None or (value < self.value if is_lower_better else value > self.value):
             self.step, self.value = step, value
         return self.step == step

@@ -398,7 +398,8 @@ def update(optimizer, model, is_first):
     stayed = sum(((some(x) == old) & has).sum().item() for x, (old, has) in zip(learning, before))
     stayed, total = sum_over_ranks([stayed, sum(has.sum().item() for _, has in before)])
     tqdm.write(f"rounding   {stayed / max(1, total):.1%} of the weights, in bfloat16, did not move in the "
-               "first step; with dtype=float32 compute_dtype=bfloat16 they do")
+               f"first step, at lr {optimizer.param_groups[0]['lr']:.1e}; with dtype=float32 "
+               "compute_dtype=bfloat16 they do")
 
 
 def as_steps(interval, num_rows, batch_size) -> int:

@@ -15,8 +15,9 @@ from engine.config import flatten, nearest, read_schema, read_yaml
 
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "samples/reward", "samples/kl")  # by default
 PLACE = ("step", "examples", "split", "time")  # what a record holds besides metrics
-NO_EFFECT = re.compile("exp_name|run_dir|resume|trust_remote_code|max_hours|dry_run|wandb.*|log_every|"
-                       "save_every|keep_checkpoints|async_save")  # settings that change no curve
+NO_EFFECT = re.compile(  # settings that change no curve
+    "exp_name|run_dir|resume|trust_remote_code|max_hours|dry_run|wandb.*|log_every|"
+    "save_every|keep_checkpoints|keep_best|async_save|check_first_batch")
 # The colours of Okabe and Ito, which colour-blind readers tell apart; without the yellow, pale as a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^v<>"
@@ -42,7 +43,8 @@ def label_runs(folders):
     """{label: path}, each run once. Labels are the folders' names, or paths if two names are the same."""
     paths = list(dict.fromkeys(os.path.abspath(folder) for folder in folders))
     if not paths:
-        raise InputError("no folder of a run is given: python -m engine.plot runs/a runs/b [metric ...]")
+        raise InputError("no folder of a run is given that is there: python -m engine.plot runs/a runs/b "
+                         "[metric ...] [out=compare.png]")
     names = [os.path.basename(path) for path in paths]
     if len({*names}) < len(names):
         shared = os.path.commonpath([os.path.dirname(path) for path in paths])

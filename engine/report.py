@@ -112,7 +112,7 @@ def print_summary(config, objective, run_data, policy, num_steps, resumed_at=Non
 def notes_of(config, run_data, num_steps):
     """What is to be said of a slow setting, a long warmup, and prompts that are probably not what the model
     knows."""
-    if config.warmup_steps > num_steps > 0:
+    if config.warmup_steps >= num_steps > 0:
         yield (f"the run ends within its warmup of {config.warmup_steps} steps, and never reaches lr="
                f"{config.lr}; warmup_steps=0.1 warms up over a tenth of it")
     if device().type == "cuda" and config.compute_dtype == "float32":
@@ -197,8 +197,8 @@ class Progress:
 
 def describe(metrics, names):
     """Those metrics that there are, each as its name and value."""
-    def text(value, form):  # what is small or not finite has no use for decimals
-        return f"{value:{form if abs(value) >= 1e-3 or form[-1] == 'e' else '.2g'}}"
+    def text(value, form):  # what is small, or not finite, in two digits that count
+        return f"{value:{form if abs(value) >= 0.1 or form[-1] == 'e' else '.2g'}}"
     return [f"{name} {text(metrics[key], form)}"
             for key, (name, form) in names.items() if metrics.get(key) is not None]
 
@@ -260,4 +260,4 @@ def print_results(records, run_dir, saved_step, objective):
         print(f"\ncheckpoint  {latest} -> step-{saved_step:06d}")
         if best is not None:
             print(f"best        {link} -> step-{best:06d}")
-        print(f"use it by   {key}={shlex.quote(latest)}")
+        print(f"use it by   {key}={shlex.quote(latest if best is None else link)}")

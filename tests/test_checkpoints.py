@@ -602,7 +602,11 @@ def test_what_a_resumed_run_may_not_change(run, sft_run, refused):
                        ("batch_size=8", "batch_size was 4"), ("max_steps=9", "max_steps was 1")):
         message = refused("resume=true", f"run_dir={folder}", given)
         assert old in message and "cannot become" in message
-        assert f"model={folder}/LATEST and, to stay near the same model, reference={sft_run}/" in message
+        assert f"model={folder}/LATEST, and reference={sft_run}/" in message
+    folder = run(*RUN, "max_steps=1", "warmup_steps=0.5", "run_dir=fraction")  # of steps that are given
+    message = refused("resume=true", f"run_dir={folder}", "max_steps=9")
+    assert "max_steps was 1" in message and message.endswith(f"model={folder}/LATEST")
+    folder = "runs/dpo"
     run("resume=true", f"run_dir={folder}", "lr=0.002", "save_every=7", "eval_batch_size=8", "log_every=3")
 
 
@@ -814,13 +818,14 @@ BEST = [*RUN[:-1], "eval_every=2", "max_steps=10", "num_epochs=9", "run_dir=r"]
      [4, 10]),
     # higher is better for what is neither a loss nor a KL
     ("samples/reward", {0: 9, 2: 1.0, 4: 0.5, 6: 2.0, 8: 0.0, 10: 1.0}, ["keep_checkpoints=1"], 6, [6, 10]),
+    ("sft_loss/ea", {0: 9, 2: 3.0, 4: 0.5, 6: 2.0, 8: 0.7, 10: 1.0}, ["keep_checkpoints=1"], 4, [4, 10]),
     ("samples/kl", {0: 0, 2: 1.0, 4: 0.5, 6: 2.0, 8: 0.7, 10: None}, ["async_save=true"], 4, [4, 10]),
     ("loss", {0: 9, 2: 3.0, 4: 2.0, 6: 1.5, 8: 1.2, 10: 1.0}, ["keep_checkpoints=3"], 10, [10])])
 def test_keep_best(metric, values, settings, best, steps, run, monkeypatch, capsys):
     with_values(monkeypatch, values, metric)
     run(*BEST, f"keep_best={metric}", *settings)
     assert os.readlink("r/BEST") == f"step-{best:06d}" and steps_of("r") == steps and latest("r") == 10
-    assert f"best        r/BEST -> step-{best:06d}\n" in capsys.readouterr().out
+    assert (f"best        r/BEST -> step-{best:06d}\nuse it by   model=r/BEST\n") in capsys.readouterr().out
 
 
 def test_keep_best_is_remembered(run, monkeypatch, capsys):
@@ -839,8 +844,10 @@ def test_keep_best_is_remembered(run, monkeypatch, capsys):
     run("resume=step-000008", "run_dir=r")
     assert os.readlink("r/BEST") == "step-000008" and latest("r") == 10
     assert re.search(r"evaluation +step 0 +step 8 +step 10\n", capsys.readouterr().out)
+    os.remove("r/BEST")
+    shutil.copytree("r/step-000008", "r/BEST")  # as a copy without links has one
     run("resume=true", "run_dir=r", "max_steps=12", "keep_best=null", "eval_every=0")
-    assert not os.path.lexists("r/BEST")
+    assert not os.path.lexists("r/BEST") and os.path.isdir("r/BEST.1")
 
 
 def test_a_metric_that_no_evaluation_gives(refused, run):
@@ -849,6 +856,8 @@ def test_a_metric_that_no_evaluation_gives(refused, run):
     assert not os.path.exists("r/LATEST")
     assert "needs evaluations, which eval_every=0 has not" in refused(
         *BEST, "keep_best=loss", "eval_every=0", "run_dir=s")
+    assert refused(*BEST, "keep_best=loss", "eval_data=null", "run_dir=s") == (
+        "keep_best=loss needs held-out rows: name some by eval_data=")
 
 
 # ---------------------------------------------------------------- written whole, at once or in the background

@@ -3,11 +3,12 @@
 import dataclasses
 import glob
 import os
+import types
 import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, FORTY, OWN, make_trainer, needed
+from conftest import FAMILIES, FORTY, OWN, make_trainer, needed, write_lines
 from on_ranks import answers, begin
 from safetensors import safe_open
 from test_layouts import BOTH_SIDES, MORE, PAIRS, SHARE_NOT, family, longrope, pairs_of
@@ -212,6 +213,29 @@ def test_each_loss_begins(loss, settings, sft_run, monkeypatch):
         assert all(torch.equal(x, before[name]) for name, x in trainer.policy.state_dict().items())
     monkeypatch.setattr(trainers, "check_first_batch", unchanged)
     assert trainer.train() == 0 and asked and trainer.step == 1
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+@pytest.mark.parametrize("count", [450, pytest.param(4000, marks=pytest.mark.slow)])
+def test_long_responses_begin(loss, count):
+    """Float32 adds them up one by one, which rounds more than reading them does."""
+    words = ["The plot was clever.", "It is dull.", "A weak script.", "Who knows?"]
+    rows = [{"prompt": f"Film {i}:", "chosen": " ".join(words[(i + j) % 4] for j in range(count // 9)),
+             "rejected": " ".join(words[(i * j) % 4] for j in range(count // 9))} for i in range(4)]
+    write_lines("long.jsonl", rows)
+    trainer = make_trainer(f"loss={loss}", "data=long.jsonl", "eval_data=long.jsonl", "batch_size=4",
+                           f"max_length={2 * count}", "num_samples=0", "max_steps=1", "eval_every=0")
+    lengths = [length for x in trainer.data.train_examples for length in x.lengths]
+    assert max(lengths) > 0.4 * count
+    trainer.train()
+    assert trainer.step == 1
+
+
+def test_rows_whose_logits_are_too_many_are_left_out():
+    """But for the shortest: the head makes those of a plain row all at once."""
+    rows = [types.SimpleNamespace(row_length=length) for length in (5, 90, 20, 40)]
+    assert [x.row_length for x in spread(rows, 40)] == [5, 20, 40]
+    assert [x.row_length for x in spread(rows, 4)] == [5]
 
 
 def test_it_is_looked_at_when_a_run_goes_on(sft_run, run, monkeypatch, refused):

@@ -180,7 +180,8 @@ def test_nothing_that_is_there_is_written_over(two, capsys, monkeypatch):
 
 def test_what_is_refused(two):
     assert refusal() == refusal("loss") == (
-        "no folder of a run is given: python -m engine.plot runs/a runs/b [metric ...]")
+        "no folder of a run is given that is there: python -m engine.plot runs/a runs/b [metric ...] "
+        "[out=compare.png]")
     assert refusal("runs/a", "sample/kl") == (
         "sample/kl is neither a folder nor a metric of these runs, which have loss, lr, samples/kl; "
         "the nearest is samples/kl")

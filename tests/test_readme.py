@@ -146,10 +146,10 @@ def test_the_script_for_slurm(sft_run):
     environment = os.environ | {
         "PATH": f"{os.path.abspath('bin')}:{os.environ['PATH']}", "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1",
         "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
-    for hours, asked in (("1e-9", ["requeue 7\n"]), ("23.5", ["requeue 7\n"])):
-        subprocess.run(["bash", "-c", script.replace("23.5", hours).replace("29500", str(free_port()))],
-                       env=environment, timeout=200)
-        assert open("asked").readlines() == asked
+    for hours, status in (("1e-9", 75), ("23.5", 0)):
+        now = script.replace("23.5", hours).replace("29500", str(free_port()))
+        done = subprocess.run(["bash", "-c", now], env=environment, timeout=200)
+        assert done.returncode == status and open("asked").readlines() == ["requeue 7\n"]
     assert len(losses_of("r")) == 3
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import DATA, FEW_ROWS, ROOT, TINY_RUN, make_trainer, read_lines, write_lines
 
 import engine.report
-from engine.report import Progress, Report, notes_of, print_results, print_samples
+from engine.report import EVAL_NAMES, Progress, Report, describe, notes_of, print_results, print_samples
 from losses import OBJECTIVES
 
 
@@ -42,6 +42,8 @@ def test_lines_of_training_where_nobody_watches(monkeypatch, capsys):
                            (123, {"loss": math.nan})):
             bar.advance(step, 768, metrics | more)
     said = "loss 0.893  accuracy 0.71  grad_norm 0.41"
+    assert describe({"loss": 0.0123, "rewards/margins": -0.00051, "samples/kl": 0.0}, EVAL_NAMES) == [
+        "loss 0.012", "margin -0.00051", "KL 0"]
     assert capsys.readouterr().out.splitlines() == [
         f"step 119/768  {said}  lr 1.7e-03  6:40 gone",
         f"step 121/768  {said}  lr 1.7e-03  10,400 tokens/s  7:20 gone, 3:35:40 left",
@@ -76,7 +78,8 @@ def test_a_reports_lines_by_hand():
 
 
 def test_the_summary_notes_a_begin_token_that_prompts_lack(capsys):
-    settings = [f"tokenizer={os.path.join(DATA, 'stories260K')}", f"eval_data={FEW_ROWS}"]
+    settings = [f"tokenizer={os.path.join(DATA, 'stories260K')}", f"eval_data={FEW_ROWS}",
+                "warmup_steps=0"]
     make_trainer(*settings)
     assert ("note       the tokenizer begins texts with <s>, but this run's prompts do not; if the model was "
             "trained so, set add_bos=true\n") in capsys.readouterr().out
@@ -97,7 +100,7 @@ def test_float32_on_a_gpu_is_noted(monkeypatch):
 
 def test_a_warmup_that_is_longer_than_the_run_is_noted():
     trainer = make_trainer("warmup_steps=7")
-    for num_steps, noted in ((6, True), (7, False)):
+    for num_steps, noted in ((7, True), (8, False)):
         notes = [*notes_of(trainer.config, trainer.data, num_steps)]
         assert any("ends within its warmup of 7 steps" in note for note in notes) is noted
 

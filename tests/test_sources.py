@@ -584,7 +584,7 @@ def test_lengths_and_the_first_example_with_what_counts_in_brackets(train_on, ma
     (CHATS[0], CHAT, [], False), (CHATS[0], CHAT.replace("<s>", ""), [], True)])
 def test_the_note_on_a_begin_token_is_true(row, template, more, is_noted, capsys):
     write_lines("r.jsonl", [row])
-    build("data=r.jsonl", *([make_model("m", template)] if template else []), *more)
+    build("data=r.jsonl", "warmup_steps=0", *([make_model("m", template)] if template else []), *more)
     notes = summary(capsys).get("note", [])
     assert ["begins texts with <s>" in note and "add_bos=true" in note for note in notes] == [True] * is_noted
 

@@ -24,6 +24,8 @@ BAD_INPUT = [  # arguments, and what is said
     (["learning_rate=1"], "learning_rate is no key of config.yaml; here it is lr"),
     (["weight_decay=0.1"], "weight_decay is no key of config.yaml; here it is optimizer_args.weight_decay"),
     (["beta=0.1"], "beta is no key of config.yaml; here it is dpo.beta, ipo.beta or that of another loss"),
+    (["min_lr=1e-4", "lr_schedule=constant"], "min_lr=0.0001 is not read with lr_schedule=constant"),
+    (["min_lr=1.0"], "min_lr=1.0 is above the rate from which it is reached, 0.002"),
     (["xyz=1"], "xyz is no key of config.yaml: --help lists them"),
     (["btach_size=1"], "btach_size is no key of config.yaml; the nearest is batch_size"),
     (["dpo.betta=1"], "dpo.betta is no key of config.yaml; the nearest is dpo.beta"),
