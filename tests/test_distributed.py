@@ -95,7 +95,8 @@ def assert_same_lines(ours, theirs, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("name, num_ranks", [
-    *((name, 2) for name in LOSSES), ("sft", 4), ("dpo", 4), ("kd", 4), ("spin", 4)])
+    *((name, 2) for name in LOSSES), ("dpo", 4),
+    *(pytest.param(name, 4, marks=pytest.mark.slow) for name in ("sft", "kd", "spin"))])
 def test_a_curve_is_the_same_on_any_number_of_ranks(name, num_ranks, made):
     """Of 5 examples a step: shares are unequal, and where they are microbatches some ranks have idle ones."""
     assert_same_curve(made(name, 1), made(name, num_ranks), 8)
