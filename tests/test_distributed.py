@@ -104,7 +104,7 @@ def test_a_curve_is_the_same_on_any_number_of_ranks(name, num_ranks, made):
     assert abs(evaluated[-1] - evaluated[0]) > 1e-5  # the weights have moved
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_answers_of_self_play_are_the_same_on_any_number_of_ranks(num_ranks, made):
     """Iteration 0's file byte by byte; of the next, whose opponents differ in the last bits, the answers."""
     one, more = ([open(f"{made('spin', n)}/generated-0{i}.jsonl").read() for i in (0, 1)]
@@ -115,7 +115,7 @@ def test_answers_of_self_play_are_the_same_on_any_number_of_ranks(num_ranks, mad
 
 
 @pytest.mark.parametrize("trouble", [None, "keep_in_step"])
-@pytest.mark.parametrize("name, count", [("seven", 7), ("three", 3)])
+@pytest.mark.parametrize("name, count", [pytest.param("seven", 7, marks=pytest.mark.slow), ("three", 3)])
 def test_each_prompt_is_answered_once(name, count, trouble, made):
     """Prompts of very different lengths on 4 ranks, each of which has all weights, or in step on shards."""
     ours, theirs = (read_lines(f"{made(name, *ranks)}/samples.jsonl") for ranks in ([1], [4, trouble]))

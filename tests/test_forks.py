@@ -24,7 +24,7 @@ from engine.toy import toy_scores
 pytestmark = pytest.mark.xdist_group("forks")  # one worker has the process that forks
 FORKS = sorted(path[:-3] for path in os.listdir(os.path.join(ROOT, "tests", "forks")))
 DATASETS = {"kto": "toy_feedback", "plackett_luce": "toy_lists", "turns": "toy_turns"}  # others: few.jsonl
-LATER = ("iterative_dpo", "rdpo", "simpo", "wpo")  # whose seams others show too
+LATER = ("iterative_dpo", "rdpo", "simpo", "wpo", "kto")  # whose seams others show too
 LOSSES = {"turns": "dpo", "on_policy_distillation": "on_policy_kd"}
 SETTINGS = {  # other than the defaults, so that a setting that is not read shows
     "simpo": ["simpo.beta=2", "simpo.gamma=0.5"], "kto": ["kto.beta=0.5"],

@@ -292,7 +292,8 @@ def made(sft_run, tmp_path_factory):
 
 @RANKS
 @pytest.mark.parametrize("loss, num_ranks", [
-    ("dpo", 2), pytest.param("dpo", 4, marks=pytest.mark.slow), ("rm", 2), ("spin", 2)])
+    ("dpo", 2), pytest.param("dpo", 4, marks=pytest.mark.slow), ("rm", 2),
+    pytest.param("spin", 2, marks=pytest.mark.slow)])
 def test_a_curve_is_the_same_on_any_number_of_ranks(loss, num_ranks, made):
     assert_same_run(made(loss, num_ranks), made(loss, 1), 1e-6)
     assert sorted(os.listdir(made(loss, num_ranks))) == sorted(os.listdir(made(loss, 1)))
