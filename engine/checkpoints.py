@@ -51,7 +51,12 @@ def load_config(given: dict, objectives: dict, datasets: dict):
         if os.environ.get("RANK", "0") == "0":
             check_whole(checkpoint)
         _, rules = read_schema()
-        own = flatten(read_yaml(os.path.join(config.run_dir, "config.yaml")), rules)
+        path = os.path.join(config.run_dir, "config.yaml")
+        settings = read_yaml(path)
+        try:
+            own = flatten(settings, rules)
+        except InputError as refused:
+            raise InputError(f"{path} is not what a run wrote, {refused}: put it back") from refused
         for key in ("resume", "run_dir", "trust_remote_code"):  # of this call alone; code is run by its leave
             own.pop(key, None)
         before, run_dir = as_namespace(own, datasets), config.run_dir
