@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shlex
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -156,9 +157,24 @@ def print_lines(lines):
         print(f"{name:<10} {text}")
 
 
+class Lines:
+    """Where a bar goes that nobody watches: each of its states on a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), flush=True)
+
+    def flush(self):
+        pass
+
+
 def progress(what, title, leave=False, **options):
-    """tqdm's bar, on the first rank, and only where somebody looks."""
-    return tqdm(what, desc=title or None, leave=leave, disable=True if rank() > 0 else None, **options)
+    """tqdm's bar, on the first rank; where nobody looks, if it has a title a line every 30 seconds."""
+    if title and not sys.stderr.isatty():
+        options |= {"file": Lines(), "bar_format": "{desc}  {n_fmt}/{total_fmt}  {elapsed} gone",
+                    "delay": SECONDS_PER_LINE, "mininterval": SECONDS_PER_LINE, "miniters": 1}
+    is_hidden = rank() > 0 or not (title or sys.stderr.isatty())
+    return tqdm(what, desc=title or None, leave=leave, disable=is_hidden, **options)
 
 
 class Progress:

@@ -10,7 +10,8 @@ import torch
 from conftest import DATA, FEW_ROWS, ROOT, TINY_RUN, make_trainer, read_lines, write_lines
 
 import engine.report
-from engine.report import EVAL_NAMES, Progress, Report, describe, notes_of, print_results, print_samples
+from engine.report import (EVAL_NAMES, Progress, Report, describe, notes_of, print_results, print_samples,
+                           progress)
 from losses import OBJECTIVES
 
 
@@ -48,6 +49,15 @@ def test_lines_of_training_where_nobody_watches(monkeypatch, capsys):
         f"step 119/768  {said}  lr 1.7e-03  6:40 gone",
         f"step 121/768  {said}  lr 1.7e-03  10,400 tokens/s  7:20 gone, 3:35:40 left",
         f"step 122/768  {said}  lr 5.0e-07  10,400 tokens/s  1:07:20 gone, 217:43:33 left"]
+
+
+def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys):
+    """Every 30 seconds, here at once; nothing of what is shorter."""
+    assert [*progress("ab", "evaluating")] == ["a", "b"] and capsys.readouterr() == ("", "")
+    monkeypatch.setattr(engine.report, "SECONDS_PER_LINE", 0)
+    assert [*progress("ab", "evaluating")] == ["a", "b"] and [*progress("ab", "")] == ["a", "b"]
+    said, errors = capsys.readouterr()
+    assert said.splitlines() == [f"evaluating  {n}/2  00:00 gone" for n in (0, 1, 2)] and not errors
 
 
 def test_a_file_without_evaluation_says_so(run, capsys):
