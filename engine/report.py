@@ -240,7 +240,8 @@ def print_samples(step, records):
             if len(text) > 300:  # of a prompt the end says more
                 text = f"... {text[-300:]}" if name == "prompt" else f"{text[:300]} ..."
             tqdm.write(f"{name:<22}{text}")
-    tqdm.write("")
+    if records:
+        tqdm.write("")
 
 
 def describe_failure(step, metrics, examples, microbatches, all_losses, saved_step):
