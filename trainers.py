@@ -59,7 +59,6 @@ class Trainer:
         self.throughput = Counter()  # since the last logged step
 
         is_own = reference is policy and config.lora["rank"] > 0  # the policy without its adapters
-
         if config.keep_best and not run_data.eval_examples:
             raise InputError(f"keep_best={config.keep_best} needs held-out rows: name some by eval_data=")
 
@@ -144,8 +143,9 @@ class Trainer:
 
     def train_iteration(self):
         """The loop, to the last step over train_examples: evaluate, save, step, log."""
-        check_first_batch(self.make_global_batch(self.num_used)[0], self.data.eval_sources, self.batcher,
-                          self.policy, self.reference, self.objective, self.config, self.bf16,
+        self.next_global_batch = self.make_global_batch(self.num_used)
+        check_first_batch(self.next_global_batch[0], self.data.eval_sources, self.batcher, self.policy,
+                          self.reference, self.objective, self.config, self.bf16,
                           is_start=self.step == (self.first_step if self.objective.in_stages else 0))
         while True:
             self.stop.check()  # a signal or max_hours: all ranks leave at the same step
@@ -266,7 +266,7 @@ class Trainer:
         # Last: where this line stands, a resume finds all written.
         self.log("eval", metrics | self.epoch_metrics())
         self.evaluated_steps.add(self.step)
-        self.checkpoints.judge(self.step, metrics)
+        self.checkpoints.update_best(self.step, metrics)
 
     def sample(self) -> dict[str, float]:
         """Policy and reference answer the same prompts: metrics over all, num_samples of them are shown."""

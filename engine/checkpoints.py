@@ -277,10 +277,10 @@ class Checkpoints:
                 os.rename(path, discarded)  # half deleted, it is no checkpoint
                 shutil.rmtree(discarded)
 
-    def judge(self, step, metrics):
+    def update_best(self, step, metrics):
         """Takes an evaluation for keep_best; BEST is moved here only if its checkpoint stands already."""
         path = self.folder.path(f"step-{step:06d}")
-        is_best = self.best.metric and self.best.judge(step, from_first(metrics))  # all ranks must agree
+        is_best = self.best.metric and self.best.update(step, from_first(metrics))  # all ranks must agree
         if is_best and rank() == 0 and os.path.isdir(path):
             point(self.folder.run_dir, "BEST", os.path.basename(path))
 
@@ -294,7 +294,7 @@ class Checkpoints:
         for line in from_first(lines) if self.best.metric else ():
             is_kept = os.path.isdir(self.folder.path(f"step-{line['step']:06d}"))
             if line["split"] == "eval" and self.best.metric in line and is_kept:
-                self.judge(line["step"], line)
+                self.update_best(line["step"], line)
 
 
 def save_model(folder, model, tokenizer, **notes):

@@ -286,11 +286,12 @@ def check_config(config, objectives, knows_base=False):
     if config.min_lr > min(highest if isinstance(highest, list) else [highest]):
         raise InputError(f"min_lr={config.min_lr} is above the rate from which it is reached, {highest}: "
                          "lower it")
+    if (rewards := block.get("default_rewards")) and (len(rewards) != 2 or config.reward_model):
+        raise InputError(f"{config.loss}.default_rewards={rewards} must be two numbers, as [1,0], and goes "
+                         "without reward_model, which gives rewards too")
+    is_self_play = objectives[config.loss].self_play
     for name, value in block.items():
-        if name == "default_rewards" and value and (len(value) != 2 or config.reward_model):
-            raise InputError(f"{config.loss}.{name}={value} must be two numbers, as [1,0], and goes without "
-                             "reward_model, which gives rewards too")
-        if name != "default_rewards" and isinstance(value, list) and len(value) != block.get("iterations", 1):
+        if is_self_play and isinstance(value, list) and len(value) != block.get("iterations", 1):
             raise InputError(f"{config.loss}.{name}={value} is a list of {len(value)} where {config.loss}."
                              f"iterations={block.get('iterations', 1)}: give one number, or one for each")
     check_models(config, objectives[config.loss])

@@ -176,7 +176,7 @@ class Best:
     def __init__(self, metric: str | None):
         self.metric, self.step, self.value = metric, None, None
 
-    def judge(self, step, metrics) -> bool:
+    def update(self, step, metrics) -> bool:
         """Whether an evaluation is better than those before. Raises InputError if it lacks the metric."""
         if self.metric not in metrics:
             raise InputError(f"keep_best={self.metric} is no metric of an evaluation, which has "

@@ -384,8 +384,9 @@ def learning_rate(step, num_steps, lr, config) -> float:
 def update(optimizer, model, is_first):
     """A step of the optimizer; of the first one with bfloat16 weights, says how much of it was rounded away,
     by a million weights that have a gradient."""
-    learning = [x for x in model.parameters() if x.grad is not None and x.dtype == torch.bfloat16]
-    if not (is_first and learning):
+    weights = model.parameters() if is_first else ()
+    learning = [x for x in weights if x.grad is not None and x.dtype == torch.bfloat16]
+    if not learning:
         optimizer.step()
         return
     every = max(1, sum(x.numel() for x in learning) // 1_000_000)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engine.distributed import device, from_all, num_ranks, rank
 
-SECONDS_PER_LINE = 30  # of training, where nobody watches a bar
+SECONDS_PER_LINE = 30  # where nobody watches a bar
 EVAL_NAMES = {  # on the console, with how they are written
     "loss": ("loss", ".3f"), "rewards/accuracies": ("accuracy", ".3f"), "rewards/margins": ("margin", ".2f"),
     "samples/kl": ("KL", ".2f"), "samples/reward": ("reward", ".2f")}
@@ -170,10 +170,11 @@ class Lines:
 
 def progress(what, title, leave=False, **options):
     """tqdm's bar, on the first rank; where nobody looks, if it has a title a line every 30 seconds."""
-    if title and not sys.stderr.isatty():
+    is_watched = sys.stderr.isatty()
+    if title and not is_watched:
         options |= {"file": Lines(), "bar_format": "{desc}  {n_fmt}/{total_fmt}  {elapsed} gone",
                     "delay": SECONDS_PER_LINE, "mininterval": SECONDS_PER_LINE, "miniters": 1}
-    is_hidden = rank() > 0 or not (title or sys.stderr.isatty())
+    is_hidden = rank() > 0 or not (title or is_watched)
     return tqdm(what, desc=title or None, leave=leave, disable=is_hidden, **options)
 
 

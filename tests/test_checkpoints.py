@@ -793,12 +793,12 @@ def test_max_hours(run, capsys):
 
 def with_values(monkeypatch, values, metric="loss"):
     """Evaluations that give these values, by step."""
-    evaluate = Checkpoints.judge
+    original = Checkpoints.update_best
 
-    def judge(self, step, metrics):
+    def update_best(self, step, metrics):
         metrics[metric] = values[step]
-        evaluate(self, step, metrics)
-    monkeypatch.setattr(Checkpoints, "judge", judge)
+        original(self, step, metrics)
+    monkeypatch.setattr(Checkpoints, "update_best", update_best)
     log = RunFolder.log
     monkeypatch.setattr(RunFolder, "log", lambda self, place, metrics: log(
         self, place, metrics | ({metric: values[place["step"]]} if place["split"] == "eval" else {})))
